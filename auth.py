@@ -1,0 +1,480 @@
+"""Verification: who asks, and that nobody asks twice. Nothing behind this layer sees an unverified request.
+
+`Verifier` is the decision, free of I/O: headers, method, target and body hash in, the caller's name out or a refusal
+raised. `Authentication` is the pure ASGI layer around everything else: it finds the headers, gathers the body within
+bounds, asks the verifier, and answers every `RunnerError` that comes from further in, in one place.
+
+The order of the checks is the security argument. What the headers alone can refuse is refused before a byte of the
+body is read. The signature comes before the nonce, so that strangers learn nothing of nonces and cannot fill the store.
+Looking a nonce up and recording it is one step without an `await`, so that of two racing copies one passes.
+"""
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bodies import NO_BODY, Body, Budget
+from client import EMPTY_BODY_HASH, signature, string_to_sign
+from errors import RunnerError
+
+log = logging.getLogger("docker_runner.auth")
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+STREAMING = b"STREAMING-HMAC-SHA256"
+UNSIGNED_PATHS = (b"/v1/health", b"/v1/ready")
+_SINGLE = frozenset(
+    (
+        b"x-dr-timestamp",
+        b"x-dr-nonce",
+        b"x-dr-signature",
+        b"x-dr-key",
+        b"x-dr-content-sha256",
+        b"content-length",
+        b"host",
+    )
+)
+_TIMESTAMP = re.compile(rb"[0-9]{1,16}")
+_NONCE = re.compile(rb"[\x21-\x7e]{1,128}")
+_BODY_HASH = re.compile(rb"[A-Za-z0-9+/]{43}=")
+_NAMED_SECRET = re.compile(r"([A-Za-z0-9_.-]{1,64}):(.+)")
+
+
+def wall_clock_ms() -> int:
+    """Milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+class Keyring(msgspec.Struct, frozen=True):
+    """The accepted secrets, in the order of the file: (name or None, secret). The first one signs."""
+
+    secrets: tuple[tuple[str | None, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Keyring":
+        """Read a secret file: one secret a line, `name:secret` for a named key; empty lines are passed over.
+
+        Raises:
+            ValueError: there is no secret.
+        """
+        secrets: list[tuple[str | None, str]] = []
+        for line in text.splitlines():
+            line = line.strip()
+            if not line:
+                continue
+            named = _NAMED_SECRET.fullmatch(line)
+            secrets.append((named[1], named[2]) if named else (None, line))
+        if not secrets:
+            raise ValueError("holds no secret")
+        return cls(tuple(secrets))
+
+    def of(self, name: str | None) -> list[bytes]:
+        """The secrets of a key name as bytes (several during a rotation); of the unnamed ones for None."""
+        return [secret.encode() for owner, secret in self.secrets if owner == name]
+
+
+class NonceStore:
+    """Used nonces, each until the moment its timestamp can no longer be accepted. O(1) a request, bounded, no timer.
+
+    A nonce is kept as a 16-byte digest in one dictionary, and its digest also in a list of those that end in the same
+    second. Lists of past seconds are dropped on the way in. A released nonce stays as a mark (its end negated) that is
+    taken up again without a second entry in a list, so that repeated releases cannot grow anything.
+
+    Args:
+        limit: entries held at most; about 115 bytes each.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._ends: dict[bytes, int] = {}
+        self._by_end: dict[int, list[bytes]] = {}
+        self._next_end = 0
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def take(self, digest: bytes, until_ms: int, now_ms: int) -> None:
+        """Record a nonce that counts as used up to and including `until_ms`.
+
+        Raises:
+            RunnerError: `replayed_nonce` if it is held, `nonce_store_full` if there is no room.
+        """
+        self._drop_past(now_ms // 1000)
+        end = until_ms // 1000 + 1
+        held = self._ends.get(digest)
+        if held is not None and held > 0:
+            raise RunnerError("replayed_nonce", "this nonce was used before")
+        if held is None and len(self._ends) >= self._limit:
+            raise RunnerError("nonce_store_full", "no room to remember another nonce; try again soon")
+        self._ends[digest] = end
+        if held is None or -held != end:
+            self._by_end.setdefault(end, []).append(digest)
+
+    def release(self, digest: bytes) -> None:
+        """Make a taken nonce usable again, by a repetition of the very same request."""
+        held = self._ends.get(digest)
+        if held is not None and held > 0:
+            self._ends[digest] = -held
+
+    def _drop_past(self, now_s: int) -> None:
+        if not self._by_end:
+            self._next_end = now_s
+        while self._next_end <= now_s:
+            for digest in self._by_end.pop(self._next_end, ()):
+                if abs(self._ends.get(digest, 0)) == self._next_end:
+                    del self._ends[digest]
+            self._next_end += 1
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """The signature headers of one request, each checked for its form. `key` is None for the unnamed secrets."""
+
+    timestamp: bytes
+    timestamp_ms: int
+    nonce: bytes
+    signature: bytes
+    content_hash: bytes | None
+    key: str | None
+
+
+def read_credentials(headers: Headers) -> Credentials:
+    """Find and check the form of the `X-DR-*` headers (names in lower case).
+
+    Raises:
+        RunnerError: `duplicate_headers`, `missing_headers`, `invalid_timestamp`, `invalid_nonce`,
+            `body_hash_mismatch` (not the base64 of a SHA-256, so no body can match it).
+    """
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in _SINGLE:
+            if name in found:
+                raise RunnerError("duplicate_headers", f"the header {name.decode()} stands more than once")
+            found[name] = value
+    timestamp = found.get(b"x-dr-timestamp")
+    nonce = found.get(b"x-dr-nonce")
+    signed = found.get(b"x-dr-signature")
+    if not timestamp or not nonce or not signed:
+        raise RunnerError("missing_headers", "X-DR-Timestamp, X-DR-Nonce and X-DR-Signature are required")
+    if not _TIMESTAMP.fullmatch(timestamp):
+        raise RunnerError("invalid_timestamp", "X-DR-Timestamp must be milliseconds since the epoch, decimal digits")
+    if not _NONCE.fullmatch(nonce):
+        raise RunnerError("invalid_nonce", "X-DR-Nonce must be 1 to 128 visible ASCII characters")
+    content_hash = found.get(b"x-dr-content-sha256") or None
+    if content_hash is not None and content_hash != STREAMING and not _BODY_HASH.fullmatch(content_hash):
+        raise RunnerError("body_hash_mismatch", "X-DR-Content-SHA256 must be the base64 of a SHA-256")
+    key = found.get(b"x-dr-key")
+    return Credentials(timestamp, int(timestamp), nonce, signed, content_hash, key.decode("latin-1") if key else None)
+
+
+class Verifier:
+    """Decides whether a request is who it says, in time, and asked for the first time.
+
+    Args:
+        keyring: the accepted secrets; may be replaced at any time (`keyring` is an attribute).
+        ttl_ms: the accepted difference between a request's timestamp and this clock, either way.
+        max_nonces: the bound of the nonce store.
+        clock_ms: milliseconds since the epoch. Its going back does not open a window: the latest time seen counts.
+    """
+
+    def __init__(
+        self, keyring: Keyring, *, ttl_ms: int, max_nonces: int, clock_ms: Callable[[], int] = wall_clock_ms
+    ) -> None:
+        self.keyring = keyring
+        self.nonces = NonceStore(max_nonces)
+        self._ttl_ms = ttl_ms
+        self._clock_ms = clock_ms
+        self._now_ms = self._started_ms = clock_ms()
+
+    @property
+    def keyring(self) -> Keyring:
+        """The accepted secrets."""
+        return self._keyring
+
+    @keyring.setter
+    def keyring(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._secrets = {name: keyring.of(name) for name, _ in keyring.secrets}
+
+    def check_time(self, credentials: Credentials) -> None:
+        """Refuse a request whose timestamp is out of range.
+
+        Raises:
+            RunnerError: `timestamp_out_of_range`; retryable if the request is merely older than this process, whose
+                predecessor may have served it already.
+        """
+        self._now_ms = now = max(self._now_ms, self._clock_ms())
+        if abs(now - credentials.timestamp_ms) > self._ttl_ms:
+            raise RunnerError(
+                "timestamp_out_of_range",
+                f"the timestamp is {abs(now - credentials.timestamp_ms)} ms from the runner's clock; "
+                f"{self._ttl_ms} ms are accepted",
+            )
+        if credentials.timestamp_ms < self._started_ms:
+            raise RunnerError(
+                "timestamp_out_of_range",
+                "the request was stamped before the runner started; sign it again",
+                retryable=True,
+            )
+
+    def verify(self, credentials: Credentials, method: bytes, target: bytes, content_hash: bytes) -> bytes:
+        """Check the signature, then take the nonce, in one step.
+
+        Returns:
+            The digest under which the nonce is held, for `nonces.release`.
+
+        Raises:
+            RunnerError: `invalid_signature`, `timestamp_out_of_range` (time has passed while the body came),
+                `replayed_nonce`, `nonce_store_full`.
+        """
+        message = string_to_sign(method, target, credentials.timestamp, credentials.nonce, content_hash)
+        genuine = False
+        for secret in self._secrets.get(credentials.key, ()):
+            genuine |= hmac.compare_digest(signature(secret, message), credentials.signature)
+        if not genuine:
+            shown = message.decode("latin-1").replace("\\", "\\\\").replace("\n", "\\n")
+            raise RunnerError(
+                "invalid_signature", "the signature does not match this request", details={"string_to_sign": shown}
+            )
+        self.check_time(credentials)
+        owner = (credentials.key or "").encode()
+        digest = blake2b(owner + b"\n" + credentials.nonce, digest_size=16).digest()
+        self.nonces.take(digest, credentials.timestamp_ms + self._ttl_ms, self._now_ms)
+        return digest
+
+
+class Connection(Protocol):
+    """What the server knows of a caller and ASGI cannot say; `server.py` puts it into `scope["docker_runner"]`."""
+
+    target: bytes
+    """The request target, byte for byte as it stood in the request line."""
+    disconnected: bool
+    """The caller has gone."""
+    response_started: bool
+    """The head of the answer was given to the server."""
+
+    def abort(self) -> None:
+        """Close the connection so that the caller cannot take what it has got for a complete answer."""
+
+    def on_disconnect(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, when the caller goes (at once, if it has gone)."""
+
+    def on_drain(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, when the service begins to shut down (at once, if it has)."""
+
+
+class Request:
+    """A verified request: the only thing the layers behind this one look at."""
+
+    __slots__ = ("body", "connection", "headers", "key", "method", "target")
+
+    def __init__(
+        self, method: bytes, target: bytes, headers: Headers, body: Body, key: str | None, connection: Connection
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.key = key
+        self.connection = connection
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Bounds on request bodies, in bytes and seconds."""
+
+    max_body: int
+    max_upload: int
+    max_unverified: int
+    body_timeout_s: float
+
+
+class Authentication:
+    """The outermost ASGI layer: lets nothing unverified through, and answers every `RunnerError` from further in.
+
+    Behind it `scope["docker_runner.request"]` is the verified `Request`; its body has been read already, so `receive`
+    has nothing more to give. A caller that goes away has its request's task cancelled, wherever that is.
+
+    Args:
+        app: what is protected.
+        verifier: who decides.
+        limits: bounds on bodies.
+        path_prefix: a prefix that a proxy in front puts before every target; taken off before anything else.
+    """
+
+    def __init__(self, app: ASGIApp, verifier: Verifier, limits: Limits, path_prefix: bytes = b"") -> None:
+        self._app = app
+        self._verifier = verifier
+        self._limits = limits
+        self._path_prefix = path_prefix
+        self._unverified = Budget(limits.max_unverified)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request or WebSocket; lifespan passes through."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        connection: Connection = scope["docker_runner"]
+        task = asyncio.current_task()
+        assert task is not None
+        if connection.disconnected:
+            return  # Refused by the server before this task began.
+        connection.on_disconnect(task.cancel)
+        admission = _Admission(self, scope, receive, connection)
+        try:
+            await admission.admit()
+            await self._app(scope, receive, send)
+        except RunnerError as error:
+            if connection.response_started:
+                log.error("%s after the answer had begun: %s", error.code, error.message)
+                connection.abort()
+                return
+            admission.refused(error)
+            await _answer(scope, send, error)
+        except asyncio.CancelledError:
+            if connection.disconnected:
+                return  # There is nobody to tell.
+            if connection.response_started:
+                connection.abort()
+                return
+            reason = "the runner ended before the answer; the request may have happened"
+            await _answer(scope, send, RunnerError("shutting_down", reason, retryable=False))
+        except Exception:
+            log.exception("a defect while serving %s", scope.get("method", "WebSocket"))
+            if connection.response_started:
+                connection.abort()
+            else:
+                await _answer(scope, send, RunnerError("internal_error", "a defect of the runner; its log says more"))
+        finally:
+            admission.close()
+
+
+class _Admission:
+    """One request on its way through verification, and what it holds meanwhile: nonce, body, part of the budget."""
+
+    def __init__(self, layer: Authentication, scope: Scope, receive: Receive, connection: Connection) -> None:
+        self._verifier = layer._verifier
+        self._limits = layer._limits
+        self._budget = layer._unverified
+        self._scope = scope
+        self._receive = receive
+        self._connection = connection
+        self._reserved = 0
+        self._nonce: bytes | None = None
+        self._body = NO_BODY
+        target = connection.target
+        self._target = target[len(layer._path_prefix) :] if target.startswith(layer._path_prefix + b"/") else target
+
+    async def admit(self) -> None:
+        """Verify the request and put a `Request` into the scope for what is behind.
+
+        Raises:
+            RunnerError: the request is refused.
+        """
+        scope = self._scope
+        method: bytes = scope.get("method", "GET").encode()
+        headers: Headers = scope["headers"]
+        key = None
+        unsigned = method in (b"GET", b"HEAD") and self._target.partition(b"?")[0] in UNSIGNED_PATHS
+        if not (unsigned and scope["type"] == "http"):
+            key = await self._verify(method, headers)
+        scope["docker_runner.request"] = Request(method, self._target, headers, self._body, key, self._connection)
+
+    async def _verify(self, method: bytes, headers: Headers) -> str | None:
+        credentials = read_credentials(headers)
+        self._verifier.check_time(credentials)
+        has_body, length = _announced_body(headers) if self._scope["type"] == "http" else (False, 0)
+        announced = credentials.content_hash
+        if announced == STREAMING:
+            raise RunnerError("signed_chunks_unsupported", "signed-chunk uploads are not served yet")
+        limit = self._limits.max_body if announced is None else self._limits.max_upload
+        if length > limit:
+            raise _too_large(limit)
+        if announced is not None:
+            self._nonce = self._verifier.verify(credentials, method, self._target, announced)
+        if not has_body:
+            actual = EMPTY_BODY_HASH
+        else:
+            actual = await self._gather(limit, unverified=announced is None)
+        if announced is None:
+            self._nonce = self._verifier.verify(credentials, method, self._target, actual.encode())
+            self._budget.give(self._reserved)
+            self._reserved = 0
+        elif actual.encode() != announced and self._scope["type"] == "http":
+            raise RunnerError("body_hash_mismatch", "the body is not the one that X-DR-Content-SHA256 announced")
+        return credentials.key
+
+    async def _gather(self, limit: int, *, unverified: bool) -> str:
+        self._body = body = Body()
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s) as patience:
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise asyncio.CancelledError
+                    chunk: bytes = message["body"]
+                    if body.size + len(chunk) > limit:
+                        raise _too_large(limit)
+                    if unverified:
+                        self._budget.take(len(chunk))
+                        self._reserved += len(chunk)
+                    await body.write(chunk)
+                    if not message["more_body"]:
+                        return await body.finish()
+                    patience.reschedule(asyncio.get_running_loop().time() + self._limits.body_timeout_s)
+        except TimeoutError:
+            raise RunnerError("request_timeout", "the body stopped arriving") from None
+        except asyncio.CancelledError:
+            # The caller left before its body was complete, nothing was forwarded: it may come again as it was.
+            self._release()
+            raise
+
+    def refused(self, error: RunnerError) -> None:
+        """The request ends with `error`: before its first byte is sent, give the nonce back if it says retryable."""
+        if error.retryable:
+            self._release()
+        path = self._target.partition(b"?")[0][:200].decode("latin-1")
+        caller = self._scope["client"]
+        log.info("%s %r from %s: %s: %s", self._scope.get("method", "WS"), path, caller, error.code, error.message)
+
+    def close(self) -> None:
+        """Give back everything but the nonce."""
+        self._budget.give(self._reserved)
+        self._reserved = 0
+        if self._body is not NO_BODY:
+            self._body.close()
+
+    def _release(self) -> None:
+        if self._nonce is not None:
+            self._verifier.nonces.release(self._nonce)
+            self._nonce = None
+
+
+def _too_large(limit: int) -> RunnerError:
+    return RunnerError("body_too_large", f"the body is longer than the limit of {limit} bytes")
+
+
+def _announced_body(headers: Headers) -> tuple[bool, int]:
+    """Whether a body follows the head, and its length if it is stated (else 0)."""
+    has_body, length = False, 0
+    for name, value in headers:
+        if name == b"content-length":
+            # The server's parser has checked it: digits only.
+            length = int(value)
+            has_body = length > 0
+        elif name == b"transfer-encoding":
+            return True, 0
+    return has_body, length
+
+
+async def _answer(scope: Scope, send: Send, error: RunnerError) -> None:
+    status, headers, body = error.response()
+    kind = "http" if scope["type"] == "http" else "websocket.http"
+    await send({"type": f"{kind}.response.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.response.body", "body": body, "more_body": False})

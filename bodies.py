@@ -1,0 +1,116 @@
+"""Request bodies before they are verified: gathered, hashed, bounded.
+
+A body is kept in memory up to 1 MiB and past that in an unlinked temporary file, so that any number of uploads costs
+little memory; it is hashed as it arrives. Writing and hashing of large bodies happen in a worker thread, a mebibyte at
+a time, so that one upload does not delay the other requests.
+"""
+
+import asyncio
+import hashlib
+import tempfile
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from typing import IO
+
+from client import EMPTY_BODY_HASH
+from errors import RunnerError
+
+IN_MEMORY = 1024 * 1024
+"""Bytes of one body that are kept in memory; also the size of the pieces a spooled body is written and read in."""
+
+
+class Budget:
+    """A bound that several bodies share, in bytes: what they hold together before they are verified."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, size: int) -> None:
+        """Reserve `size` bytes.
+
+        Raises:
+            RunnerError: `unverified_bodies_full`; nothing was reserved.
+        """
+        if self.used + size > self.limit:
+            raise RunnerError("unverified_bodies_full", "too many bytes of unverified bodies are held; try again soon")
+        self.used += size
+
+    def give(self, size: int) -> None:
+        """Return what was reserved."""
+        self.used -= size
+
+
+class Body:
+    """A request body: `write` while it arrives, then `data` or `chunks`, then `close`."""
+
+    __slots__ = ("_file", "_hash", "_memory", "size")
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._memory = bytearray()
+        self._hash: hashlib._Hash | None = None
+        self._file: IO[bytes] | None = None
+
+    async def write(self, chunk: bytes) -> None:
+        """Append a chunk.
+
+        Raises:
+            RunnerError: `spool_failed`, the temporary file could not be written.
+        """
+        self.size += len(chunk)
+        self._memory += chunk
+        if len(self._memory) > IN_MEMORY:
+            full, self._memory = self._memory, bytearray()
+            await self._in_thread(full)
+
+    async def finish(self) -> str:
+        """The body is complete: return its BODYHASH."""
+        if self._file is None:
+            return b64encode(hashlib.sha256(self._memory).digest()).decode() if self.size else EMPTY_BODY_HASH
+        rest, self._memory = self._memory, bytearray()
+        await self._in_thread(rest)
+        assert self._hash is not None
+        return b64encode(self._hash.digest()).decode()
+
+    @property
+    def data(self) -> bytes | None:
+        """The whole body, or None where it is too long for memory."""
+        return bytes(self._memory) if self._file is None else None
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The whole body from its start, in pieces."""
+        if self._file is None:
+            yield bytes(self._memory)
+            return
+        await asyncio.to_thread(self._file.seek, 0)
+        while piece := await asyncio.to_thread(self._file.read, IN_MEMORY):
+            yield piece
+
+    def close(self) -> None:
+        """Free the memory and the temporary file."""
+        self._memory = bytearray()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    async def _in_thread(self, piece: bytearray) -> None:
+        try:
+            await asyncio.to_thread(self._spool, piece)
+        except OSError as error:
+            raise RunnerError("spool_failed", f"the body could not be kept on disk: {error.strerror}") from error
+
+    def _spool(self, piece: bytearray) -> None:
+        if self._file is None:
+            self._hash = hashlib.sha256()
+            # Unbuffered: what is written is in the file, and a full disk is told here and not at close.
+            self._file = tempfile.TemporaryFile(prefix="docker-runner-", buffering=0)
+        assert self._hash is not None
+        self._hash.update(piece)
+        view = memoryview(piece)
+        while view:
+            view = view[self._file.write(view) :]
+
+
+NO_BODY = Body()
+"""The body of a request without one."""

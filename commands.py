@@ -1,0 +1,236 @@
+"""What the commands of the command line do. Their arguments are parsed in `runner.py`, curl's in `curl.py`."""
+
+import json
+import logging
+import os
+import resource
+import shlex
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from client import __version__
+from client import sign as signed_headers
+from curl import UsageError, signed_arguments
+from settings import Settings, SettingsError, read_engine_socket, read_keyring, read_settings
+
+if TYPE_CHECKING:
+    from runner import App
+
+__all__ = ["UsageError", "check", "curl", "serve", "sign"]
+
+SHORTEST_SECRET = 16
+"""Characters below which `check` calls a secret too short and `serve` warns."""
+CHECK_LIMIT_S = 5.0
+"""Seconds that `check` waits for the engine."""
+
+_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "fatal": 50}
+
+log = logging.getLogger("docker_runner")
+
+
+def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -> int:
+    """Run the service until SIGTERM.
+
+    Raises:
+        SettingsError: a variable is missing or wrong.
+    """
+    from server import create_server  # Late: the other commands start without it.
+
+    settings = read_settings(environ)
+    level = _LEVELS[settings.log_level]
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for chatty in ("uvicorn", "uvicorn.error", "asyncio"):
+        logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
+    if any(len(secret) < SHORTEST_SECRET for _, secret in settings.keyring.secrets):
+        log.warning(
+            "a shared secret is shorter than %d characters: make one with `openssl rand -hex 32`", SHORTEST_SECRET
+        )
+    _allow_many_files()
+    app = create_app(settings)
+
+    def reload() -> None:
+        try:
+            app.verifier.keyring = read_keyring(environ)
+        except SettingsError as error:
+            log.error("kept the old secrets: %s", error)
+        else:
+            log.info("read the secrets again: %d accepted", len(app.verifier.keyring.secrets))
+
+    def started(address: str) -> None:
+        log.info("docker-runner %s listens on http://%s, engine at %s", __version__, address, settings.engine_socket)
+
+    server = create_server(
+        app,
+        host=settings.host,
+        port=settings.port,
+        head_timeout_s=settings.head_timeout_s,
+        keep_alive_s=settings.keep_alive_s,
+        grace_s=settings.grace_s,
+        trusted_proxies=settings.trusted_proxies,
+        on_reload=reload,
+        on_started=started,
+    )
+    server.run()
+    return 0
+
+
+def _allow_many_files() -> None:
+    """Every caller and every stream costs two descriptors; the usual soft limit of 1,024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check(environ: Mapping[str, str]) -> int:
+    """Look at settings, secret, socket and engine; print what is fine and what is not; return the exit status."""
+    well = True
+
+    def fine(what: str) -> None:
+        print(f"ok    {what}")
+
+    def wrong(what: str, remedy: str) -> None:
+        nonlocal well
+        well = False
+        print(f"FAIL  {what}\n      -> {remedy}")
+
+    try:
+        settings = read_settings(environ)
+    except SettingsError as error:
+        wrong(f"settings: {error}", "set it in the environment or, in development, in .env")
+    else:
+        fine(f"settings: listens on {settings.host}:{settings.port}")
+        short = [owner for owner, secret in settings.keyring.secrets if len(secret) < SHORTEST_SECRET]
+        if short:
+            wrong(f"secret: shorter than {SHORTEST_SECRET} characters", "make one with: openssl rand -hex 32")
+        else:
+            fine(f"secret: {len(settings.keyring.secrets)} accepted")
+        file = environ.get("DOCKER_RUNNER_SHARED_SECRET_FILE")
+        if file and Path(file).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            wrong(f"secret: {file} can be read by others", f"chmod 600 {shlex.quote(file)}")
+    try:
+        socket_path = read_engine_socket(environ)
+    except SettingsError as error:
+        wrong(f"engine: {error}", "name the engine's socket in DOCKER_SOCKET")
+    else:
+        _check_engine(socket_path, fine, wrong)
+    return 0 if well else 1
+
+
+def _check_engine(path: str, fine: Callable[[str], None], wrong: Callable[[str, str], None]) -> None:
+    import requests_unixsocket  # Late: the service itself has no use for it.
+    from requests import RequestException
+
+    start = "start it (systemctl start docker, or dockerd); if it runs elsewhere, name its socket in DOCKER_SOCKET"
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        wrong(f"engine: there is no socket at {path}", f"the engine does not run here: {start}")
+        return
+    except OSError as error:
+        wrong(f"engine: {path}: {error.strerror}", "run as a user who may reach that folder")
+        return
+    if not stat.S_ISSOCK(mode):
+        wrong(f"engine: {path} is not a socket", "name the engine's socket in DOCKER_SOCKET")
+        return
+    if not os.access(path, os.R_OK | os.W_OK):
+        wrong(
+            f"engine: no permission for {path}",
+            "run as root or in the socket's group (often docker): usermod -aG docker USER",
+        )
+        return
+    fine(f"engine: socket {path}")
+    try:
+        with requests_unixsocket.Session() as session:
+            answer = session.get(f"http+unix://{quote(path, safe='')}/version", timeout=CHECK_LIMIT_S)
+        version = answer.json()
+        said = f"{version['Version']}, API {version['ApiVersion']} (least {version.get('MinAPIVersion', '?')})"
+    except RequestException as error:
+        if "Connection refused" in str(error):
+            wrong("engine: nothing listens on its socket", f"the engine is down: {start}")
+        elif "timed out" in str(error):
+            wrong(f"engine: no answer within {CHECK_LIMIT_S:g} s", "it hangs: look at its log, restart it")
+        else:
+            wrong(f"engine: {error}", "look at the engine's log")
+    except (KeyError, TypeError, ValueError):
+        wrong("engine: what answers on its socket is no Docker Engine", "name the engine's socket in DOCKER_SOCKET")
+    else:
+        fine(f"engine: version {said}")
+
+
+def sign(
+    method: str, target: str, data: str | None, data_file: str | None, form: str, environ: Mapping[str, str]
+) -> int:
+    """Print the signature of one request in one of three forms.
+
+    Raises:
+        UsageError: the target is no path, or the file cannot be read.
+        SettingsError: there is no secret.
+    """
+    method = method.upper()
+    if not target.startswith("/"):
+        raise UsageError(f"the path must begin with a slash: {target!r}")
+    if form == "openssl":
+        print(_openssl_recipe(method, target, data, data_file, environ))
+        return 0
+    try:
+        body = Path(data_file).read_bytes() if data_file else (data or "").encode()
+    except OSError as error:
+        raise UsageError(f"{data_file}: {error.strerror}") from error
+    name, secret = read_keyring(environ).secrets[0]
+    headers = signed_headers(secret, method, target, body, key=name)
+    if form == "json":
+        print(json.dumps(headers))
+    else:
+        # No blank after the colon, so that $(docker-runner sign ...) needs no quotes.
+        print(" ".join(f"-H {field}:{value}" for field, value in headers.items()))
+    return 0
+
+
+def _openssl_recipe(
+    method: str, target: str, data: str | None, data_file: str | None, environ: Mapping[str, str]
+) -> str:
+    file = environ.get("DOCKER_RUNNER_SHARED_SECRET_FILE")
+    secret = f"$(head -n 1 {shlex.quote(file)})" if file else "$DOCKER_RUNNER_SHARED_SECRET"
+    if data_file:
+        hashed, sent = (
+            f"openssl dgst -sha256 -binary {shlex.quote(data_file)}",
+            f" --data-binary @{shlex.quote(data_file)}",
+        )
+    else:
+        hashed = f"printf %s {shlex.quote(data or '')} | openssl dgst -sha256 -binary"
+        sent = f" --data-raw {shlex.quote(data)}" if data else ""
+    typed = " -H 'Content-Type: application/json'" if data else ""
+    url = _url(environ)
+    return f"""\
+secret={secret}
+timestamp=$(date +%s%3N)
+nonce=$(openssl rand -hex 16)
+body_hash=$({hashed} | openssl base64 -A)
+signature=$(printf '%s\\n%s\\n%s\\n%s\\n%s' {method} {shlex.quote(target)} "$timestamp" "$nonce" "$body_hash" |
+  openssl dgst -sha256 -hmac "$secret" -binary | openssl base64 -A)
+curl -g --path-as-is -X {method}{typed}{sent} -H "X-DR-Timestamp: $timestamp" -H "X-DR-Nonce: $nonce" \\
+  -H "X-DR-Signature: $signature" {shlex.quote(url + target)}"""
+
+
+def _url(environ: Mapping[str, str]) -> str:
+    port = environ.get("DOCKER_RUNNER_PORT") or "7071"
+    return (environ.get("DOCKER_RUNNER_URL") or f"http://127.0.0.1:{port}").rstrip("/")
+
+
+def curl(arguments: list[str], environ: Mapping[str, str]) -> int:
+    """Run curl with its usual arguments against the runner, signed; becomes curl, so returns only on failure.
+
+    Raises:
+        UsageError: the arguments cannot be signed.
+        SettingsError: there is no secret.
+    """
+    name, secret = read_keyring(environ).secrets[0]
+    signed = signed_arguments(arguments, _url(environ), secret, name)
+    try:
+        os.execvp("curl", ["curl", *signed])
+    except OSError as error:
+        raise UsageError(f"curl cannot be run: {error.strerror}") from error

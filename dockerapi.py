@@ -1,0 +1,684 @@
+"""HTTP/1.1 to the engine over its Unix socket: a pool of connections, each an asyncio protocol on httptools.
+
+Layers, each knowing only the one below: `Engine` (the pool: bound, queue, reuse) → `EngineResponse` (one answer: head,
+chunks) → `_Connection` (one socket: parser, flow control, state).
+
+Theory of operation. A connection is IDLE → BUSY (one request and its answer) → IDLE → … → CLOSED; after a 101 it is RAW
+until it closes. What arrives is handed to the answer, and whoever waits for it is woken once per read, not once per
+parser callback, so that a small answer is complete when its head is first seen. Reading pauses while more than
+`HIGH_WATER` bytes wait to be taken. An answer that is left before its end costs its connection, which is aborted at
+once, so that the engine notices.
+
+A request is sent a second time in one case only: on a kept connection, where it is proven that the engine has not read
+it whole. The proof is the kernel's: a write that fails with EPIPE found the peer closed before it took a byte; a reset
+of a Unix socket means that the peer closed it with bytes still unread. Both hold only for a request that left in one
+write; every other loss is reported, never repeated.
+"""
+
+import asyncio
+import enum
+import errno
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Self, cast
+
+import httptools
+
+from errors import RunnerError
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+HIGH_WATER = 256 * 1024
+"""Bytes of one answer that wait to be taken before reading pauses."""
+MAX_HEAD = 512 * 1024
+"""Security limit: bytes of an answer's head."""
+MAX_IDLE = 64
+"""Connections kept open without a request."""
+ONE_WRITE = 64 * 1024
+"""A body up to this many bytes leaves in one write with its head."""
+
+
+class _State(enum.Enum):
+    IDLE = enum.auto()
+    BUSY = enum.auto()
+    RAW = enum.auto()
+    CLOSED = enum.auto()
+
+
+class _NotProcessedError(Exception):
+    """The connection was lost, and the engine provably has not read the request."""
+
+
+class _Overflow:
+    """What happens to an answer that must be read at once: a bound in bytes, and whom to tell when it is passed."""
+
+    def __init__(self, limit: int, tell: Callable[[], object]) -> None:
+        self.limit = limit
+        self.tell = tell
+
+
+class EngineResponse:
+    """The engine's answer: `status`, `headers` (as sent, in order), then its body by `next`, `chunks` or `read`.
+
+    A context manager: leaving it before the body's end closes the connection. After a 101 the body is the raw stream
+    from the engine, and `write` and `write_eof` send on it.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_connection",
+        "_failure",
+        "_overflow",
+        "_size",
+        "_waiter",
+        "_writer",
+        "complete",
+        "headers",
+        "status",
+    )
+
+    def __init__(self, connection: "_Connection", overflow: _Overflow | None) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.complete = False
+        """The whole body has arrived (some of it may still wait to be taken)."""
+        self._connection: _Connection | None = connection
+        self._overflow = overflow
+        self._failure: Exception | None = None
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+
+    # For the caller.
+
+    @property
+    def ended(self) -> bool:
+        """The whole body has arrived and was taken."""
+        return self.complete and not self._chunks
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the answer will not be complete, as soon as that is known."""
+        return self._failure
+
+    async def next(self) -> bytes:
+        """The next piece of the body: all that has arrived. Empty at its end.
+
+        Raises:
+            RunnerError: `engine_cut_body`, `engine_garbage`: the body broke off (what had arrived was given before).
+        """
+        while not self._chunks:
+            if self.complete:
+                return b""
+            if self._failure is not None:
+                raise self._failure
+            await self._wait()
+        chunks, self._chunks, self._size = self._chunks, [], 0
+        if self._connection is not None:
+            self._connection.resume_reading()
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece; raises as `next`."""
+        while chunk := await self.next():
+            yield chunk
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body, of at most `limit` bytes.
+
+        Raises:
+            RunnerError: as `next`; `engine_garbage` past the limit.
+        """
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in self.chunks():
+            size += len(chunk)
+            if size > limit:
+                raise RunnerError("engine_garbage", f"the engine's answer is longer than {limit} bytes")
+            parts.append(chunk)
+        return b"".join(parts)
+
+    async def write(self, data: bytes) -> None:
+        """After a 101: send raw bytes; waits while the engine reads slowly."""
+        if self._connection is None:
+            raise RunnerError("engine_cut_body", "the engine's stream has ended")
+        await self._connection.write(data)
+
+    def write_eof(self) -> None:
+        """After a 101: end our half. The engine's half goes on."""
+        if self._connection is not None:
+            self._connection.write_eof()
+
+    def close(self) -> None:
+        """Done with the answer: unless it is complete, its connection is closed at once. Never blocks."""
+        if self._writer is not None:
+            self._writer.cancel()
+        if self._connection is not None:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # For the connection and the pool.
+
+    async def head(self) -> None:
+        """Wait for status and headers.
+
+        Raises:
+            RunnerError: there will be none.
+            _NotProcessedError: there will be none, and the request may be sent again.
+        """
+        while not self.status:
+            if self._failure is not None:
+                raise self._failure
+            await self._wait()
+
+    async def send(self, body: AsyncIterator[bytes], *, chunked: bool) -> None:
+        """Write a streamed request body; runs beside the answer, which may begin (and end) before the body does."""
+        connection = self._connection
+        assert connection is not None
+        async for piece in body:
+            if piece:
+                await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if chunked:
+            await connection.write(b"0\r\n\r\n")
+        connection.request_sent()
+
+    def attach_writer(self, writer: asyncio.Task[None]) -> None:
+        """`writer` runs `send`: it ends with the answer, and its failure is the answer's."""
+        self._writer = writer
+        writer.add_done_callback(self._writer_done)
+
+    def _writer_done(self, writer: asyncio.Task[None]) -> None:
+        if not writer.cancelled() and (error := writer.exception()) is not None:
+            self.failed(error if isinstance(error, Exception) else RuntimeError(str(error)))
+            self.close()
+
+    def append(self, data: bytes) -> bool:
+        """Take in what arrived of the body; returns whether reading should pause."""
+        self._chunks.append(data)
+        self._size += len(data)
+        if self._overflow is None:
+            return self._size > HIGH_WATER
+        if self._size > self._overflow.limit and self._failure is None:
+            self._chunks.clear()
+            self.failed(RunnerError("engine_cut_body", "the caller reads too slowly"))
+            self._overflow.tell()
+        return False
+
+    def failed(self, error: Exception) -> None:
+        """The answer will not be complete; the first reason counts."""
+        if self._failure is None and not self.complete:
+            self._failure = error
+
+    def detach(self) -> None:
+        """The connection has no more to do with this answer."""
+        self._connection = None
+        if self._writer is not None and not self._writer.done():
+            self._writer.cancel()
+        self.wake()
+
+    def wake(self) -> None:
+        """Something changed: whoever waits looks again."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class _Connection(asyncio.Protocol):
+    """One socket to the engine.
+
+    Args:
+        sock: the connected socket; kept to look whether the engine has closed it.
+        on_free: called when an answer ended so that the connection can be kept.
+        on_lost: called once, when the connection is gone.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_free: Callable[["_Connection"], None],
+        on_lost: Callable[["_Connection"], None],
+    ) -> None:
+        self.state = _State.IDLE
+        self._sock = sock
+        self._on_free = on_free
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._writable: asyncio.Future[None] | None = None
+        self._reading = True
+        self._used = False
+        self._answer: EngineResponse | None = None
+        self._limit: asyncio.TimerHandle | None = None
+
+    def alive(self) -> bool:
+        """Whether a kept connection still stands; sees a close that the event loop has not reported yet."""
+        if self.state is not _State.IDLE:
+            return False
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # Closed, or the engine speaks out of turn.
+
+    def begin(
+        self, method: bytes, data: bytes, *, whole: bool, head_s: float | None, overflow: _Overflow | None
+    ) -> EngineResponse:
+        """Send a request's head with its first bytes (or, if `whole`, all of it); returns its answer to come."""
+        self._parser = httptools.HttpResponseParser(self)
+        self._method = method
+        self._whole = self._sent = whole
+        self._kept = self._used
+        self._used = True
+        self._head_size = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._keep = False
+        self._until_eof = False
+        self._answer = answer = EngineResponse(self, overflow)
+        self.state = _State.BUSY
+        if head_s is not None:
+            self._limit = self._loop.call_later(head_s, self._head_timeout)
+        self._transport.write(data)
+        return answer
+
+    async def write(self, data: bytes) -> None:
+        """Send more; waits while the engine reads slowly."""
+        if self.state is _State.CLOSED:
+            raise RunnerError("engine_cut_head", "the engine closed the connection during the request's body")
+        self._transport.write(data)
+        if self._writable is not None:
+            await self._writable
+
+    def request_sent(self) -> None:
+        """The request's body is complete."""
+        self._sent = True
+
+    def write_eof(self) -> None:
+        """Close our half."""
+        if self.state is not _State.CLOSED:
+            self._transport.write_eof()
+
+    def resume_reading(self) -> None:
+        """The answer's buffer was emptied."""
+        if not self._reading and self.state is not _State.CLOSED:
+            self._reading = True
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Drop the connection now, with whatever is on its way."""
+        if self.state is not _State.CLOSED:
+            self._transport.abort()
+            self._lost()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol."""
+        answer = self._answer
+        if answer is None:
+            self.close()  # The engine speaks out of turn.
+            return
+        if self.state is _State.RAW:
+            self._append(data)
+        else:
+            if not answer.status:
+                self._head_size += len(data)
+            try:
+                self._parser.feed_data(data)
+                if not answer.status and self._head_size > MAX_HEAD:
+                    raise httptools.HttpParserError("head too long")
+            except httptools.HttpParserUpgrade as upgrade:
+                self.state = _State.RAW
+                if rest := data[upgrade.args[0] :]:
+                    self._append(rest)
+            except httptools.HttpParserError:
+                answer.failed(RunnerError("engine_garbage", "what the engine sent is not HTTP, or out of bounds"))
+                self.close()
+                return
+            if answer.complete:
+                self._finish(answer)
+        answer.wake()
+        if answer.failure is not None:
+            self.close()
+
+    def eof_received(self) -> bool:
+        """asyncio.Protocol. In RAW our half stays open: closing it early would end the output of an attach."""
+        answer = self._answer
+        if answer is not None and (self.state is _State.RAW or self._until_eof):
+            answer.complete = True
+            answer.wake()
+        return self.state is _State.RAW
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio.Protocol."""
+        if self.state is _State.CLOSED:
+            return
+        answer = self._answer
+        if answer is not None and not answer.complete:
+            unread = isinstance(exc, BrokenPipeError | ConnectionResetError)
+            if answer.status:
+                answer.failed(RunnerError("engine_cut_body", "the engine's answer broke off"))
+            elif unread and self._kept and self._whole and not self._head_size:
+                answer.failed(_NotProcessedError())
+            else:
+                answer.failed(RunnerError("engine_cut_head", "the engine closed the connection before its answer"))
+        self._lost()
+
+    def pause_writing(self) -> None:
+        """asyncio.Protocol."""
+        self._writable = self._writable or self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        """asyncio.Protocol."""
+        if self._writable is not None:
+            if not self._writable.done():
+                self._writable.set_result(None)
+            self._writable = None
+
+    # httptools
+
+    def on_message_begin(self) -> None:
+        """httptools. An answer follows an interim one only (100)."""
+        if self._answer is None or self._answer.status:
+            raise ValueError("the engine sent a second answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools."""
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """httptools."""
+        status = self._parser.get_status_code()
+        if 100 <= status < 200 and status != 101:
+            self._headers = []
+            return
+        answer = self._answer
+        assert answer is not None
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+        answer.status = status
+        answer.headers = self._headers
+        if status == 101:
+            return
+        self._keep = self._parser.should_keep_alive()
+        if self._method == b"HEAD":
+            answer.complete = True  # The parser would wait for a body.
+        elif status not in (204, 304):
+            names = {name.lower() for name, _ in self._headers}
+            self._until_eof = b"content-length" not in names and b"transfer-encoding" not in names
+
+    def on_body(self, body: bytes) -> None:
+        """httptools."""
+        if self._method == b"HEAD":
+            raise ValueError("the engine sent a body with its answer to HEAD")
+        self._append(body)
+
+    def on_message_complete(self) -> None:
+        """httptools. Also called for interim answers and for the head of an upgrade."""
+        answer = self._answer
+        if answer is not None and answer.status and answer.status != 101:
+            answer.complete = True
+
+    # Inside.
+
+    def _append(self, data: bytes) -> None:
+        assert self._answer is not None
+        if self._answer.append(data) and self._reading:
+            self._reading = False
+            self._transport.pause_reading()
+
+    def _finish(self, answer: EngineResponse) -> None:
+        """The answer is whole: keep the connection if both sides are done with it."""
+        if self._keep and self._sent and not self._until_eof:
+            self.resume_reading()
+            self.state = _State.IDLE
+            self._answer = None
+            answer.detach()
+            self._on_free(self)
+        else:
+            self.close()
+
+    def _head_timeout(self) -> None:
+        assert self._answer is not None
+        self._answer.failed(RunnerError("engine_timeout", "the engine began no answer in time"))
+        self.close()
+
+    def _lost(self) -> None:
+        self.state = _State.CLOSED
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+        self.resume_writing()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            if not answer.complete:
+                answer.failed(RunnerError("engine_cut_body", "the connection to the engine was closed"))
+            answer.detach()
+        self._on_lost(self)
+
+
+class Engine:
+    """The engine behind its Unix socket.
+
+    Args:
+        path: of the socket.
+        max_connections: bound on open connections, streams included.
+        queue_s: how long a request waits for one of them.
+        connect_s: how long the engine may take to accept one.
+    """
+
+    def __init__(self, path: str, *, max_connections: int, queue_s: float, connect_s: float) -> None:
+        self.path = path
+        self._places = max_connections
+        self._queue_s = queue_s
+        self._connect_s = connect_s
+        # Strong references: the event loop holds a half-closed transport only weakly.
+        self._open: set[_Connection] = set()
+        self._idle: list[_Connection] = []
+        self._waiting: deque[asyncio.Future[_Connection | None]] = deque()
+
+    async def request(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Headers = (),
+        body: bytes | AsyncIterator[bytes] | None = None,
+        *,
+        length: int | None = None,
+        head_s: float | None = None,
+        buffer_limit: int | None = None,
+        on_overflow: Callable[[], object] = lambda: None,
+    ) -> EngineResponse:
+        """Send one request and wait for the head of its answer.
+
+        Args:
+            method: in upper case.
+            target: path and query, sent as they are.
+            headers: sent as they are, without `Host` and without those of framing, which are made here.
+            body: None for no body; bytes; or pieces, sent with backpressure while the answer may already come.
+            length: of a body in pieces, in bytes; None sends it chunked.
+            head_s: time limit on the answer's head, from the moment the request is sent.
+            buffer_limit: if given, the answer is read at once, whatever its taker does, up to this many waiting bytes;
+                past it the answer fails, its connection is closed, and `on_overflow` is called.
+
+        Raises:
+            RunnerError: any `engine_*` code; what is `retryable` never reached the engine.
+        """
+        fields = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
+        fields += [b"%b: %b\r\n" % field for field in headers]
+        pieces: AsyncIterator[bytes] | None = None
+        tail = b"\r\n"
+        if isinstance(body, bytes):
+            fields.append(b"Content-Length: %d\r\n" % len(body))
+            if len(body) <= ONE_WRITE:
+                tail += body
+            else:
+                pieces = _pieces(body)
+        elif body is not None:
+            pieces = body
+            fields.append(b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length)
+        fields.append(tail)
+        head = b"".join(fields)
+        overflow = None if buffer_limit is None else _Overflow(buffer_limit, on_overflow)
+        fresh = False
+        while True:
+            connection = await self._acquire(fresh=fresh)
+            answer = connection.begin(method, head, whole=pieces is None, head_s=head_s, overflow=overflow)
+            try:
+                if pieces is not None:
+                    sending = answer.send(pieces, chunked=not isinstance(body, bytes) and length is None)
+                    answer.attach_writer(asyncio.ensure_future(sending))
+                await answer.head()
+            except _NotProcessedError:
+                if fresh:
+                    raise RunnerError("engine_cut_head", "the engine closed the connection twice") from None
+                fresh = True
+            except BaseException:
+                answer.close()
+                raise
+            else:
+                return answer
+
+    async def ping(self, limit_s: float) -> None:
+        """Ask the engine whether it is there.
+
+        Raises:
+            RunnerError: it is not, or it answers with an error.
+        """
+        with await self.request(b"GET", b"/_ping", head_s=limit_s) as response:
+            body = await response.read(MAX_HEAD)
+        if response.status != 200:
+            raise RunnerError("docker_unavailable", f"the engine's ping answers {response.status}: {body[:200]!r}")
+
+    def close(self) -> None:
+        """Drop every connection."""
+        for connection in list(self._open):
+            connection.close()
+
+    # The pool. A place is a connection that is open or being opened; a place that is given up goes to who waits.
+
+    async def _acquire(self, *, fresh: bool) -> _Connection:
+        """A connection that stands: a kept one (unless `fresh`), else a new one, else what the queue brings."""
+        while True:
+            while self._idle:
+                connection = self._idle.pop()
+                if not fresh and connection.alive():
+                    return connection
+                connection.close()
+            if self._places:
+                self._places -= 1
+                return await self._connect()
+            freed = await self._queue()
+            if freed is None:
+                return await self._connect()
+            if not fresh and freed.alive():
+                return freed
+            freed.close()
+
+    async def _queue(self) -> _Connection | None:
+        """Wait for a freed connection, or (None) for a place that is now ours to open one in."""
+        turn: asyncio.Future[_Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(self._queue_s):
+                return await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                freed = turn.result()
+                self._give_place() if freed is None else self._on_free(freed)
+            if isinstance(error, TimeoutError):
+                raise RunnerError("engine_busy", "all connections to the engine are in use; try again soon") from None
+            raise
+
+    async def _connect(self) -> _Connection:
+        """Open a connection in a place that is ours; gives the place up on failure."""
+        loop = asyncio.get_running_loop()
+        sock = None
+        try:
+            async with asyncio.timeout(self._connect_s):
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                while True:
+                    try:
+                        sock.connect(self.path)
+                        break
+                    except BlockingIOError:
+                        # The backlog is full; a Unix socket has nothing that would wake us up, so look again.
+                        await asyncio.sleep(0.01)
+                connected = sock
+                _, connection = await loop.create_unix_connection(
+                    lambda: _Connection(connected, self._on_free, self._on_lost), sock=sock
+                )
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            self._give_place()
+            if isinstance(error, TimeoutError):
+                raise RunnerError("engine_connect_timeout", "the engine accepts no connection") from None
+            if isinstance(error, OSError):
+                raise _connect_error(error, self.path) from None
+            raise
+        self._open.add(connection)
+        return connection
+
+    def _on_free(self, connection: _Connection) -> None:
+        turn = self._next_waiting()
+        if turn is not None:
+            turn.set_result(connection)
+        elif len(self._idle) < MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def _on_lost(self, connection: _Connection) -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self._give_place()
+
+    def _give_place(self) -> None:
+        turn = self._next_waiting()
+        if turn is not None:
+            turn.set_result(None)
+        else:
+            self._places += 1
+
+    def _next_waiting(self) -> asyncio.Future[_Connection | None] | None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                return turn
+        return None
+
+
+def _connect_error(error: OSError, path: str) -> RunnerError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return RunnerError("engine_socket_missing", f"there is no engine socket at {path}")
+    if isinstance(error, PermissionError):
+        return RunnerError("engine_permission_denied", f"the runner may not open the engine's socket {path}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return RunnerError("engine_busy", "the runner has no file descriptor left; try again soon")
+    return RunnerError("engine_refused", f"nothing accepts connections on the engine's socket {path}: {error.strerror}")
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), ONE_WRITE):
+        yield body[start : start + ONE_WRITE]

@@ -1,0 +1,114 @@
+"""The runner's own errors: one table of codes, one exception, one JSON shape.
+
+What the engine answers is never turned into one of these on the engine face; they say what the *runner* refuses or
+could not do. The shape serves both kinds of callers (Docker tools print ``message``, runner clients read ``error``)::
+
+    {"message": "...", "error": {"code": "...", "message": "...", "retryable": false}}
+
+``retryable`` means: the same request may succeed later and nothing of this one is left behind. The verification layer
+releases a request's nonce exactly then, so it must never be set where the engine may have seen the request.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Code(msgspec.Struct, frozen=True):
+    """One row of the table: the HTTP status, whether the same request may be repeated, and what it means."""
+
+    status: int
+    retryable: bool
+    meaning: str
+
+
+CODES: Mapping[str, Code] = {
+    # The request line, the head, the framing: seen by the server before anything else.
+    "bad_request": Code(400, False, "The bytes are not a well-formed HTTP/1.1 request."),
+    "pipelining_refused": Code(400, False, "More bytes came after a request before its answer was complete."),
+    "request_timeout": Code(408, False, "The head or the body of the request did not arrive in time."),
+    "body_too_large": Code(413, False, "The body is longer than `DOCKER_RUNNER_MAX_BODY` or `..._MAX_UPLOAD`."),
+    "target_too_long": Code(414, False, "The request target is longer than 65,535 bytes."),
+    "headers_too_large": Code(431, False, "The head of the request is over its limit of bytes or of fields."),
+    # Verification.
+    "missing_headers": Code(401, False, "`X-DR-Timestamp`, `X-DR-Nonce` or `X-DR-Signature` is missing or empty."),
+    "duplicate_headers": Code(401, False, "An `X-DR-*` header, `Content-Length` or `Host` stands more than once."),
+    "invalid_timestamp": Code(401, False, "`X-DR-Timestamp` is not milliseconds since the epoch in decimal digits."),
+    "timestamp_out_of_range": Code(
+        401, False, "The timestamp is too far from the runner's clock (retryable: it is older than the process)."
+    ),
+    "invalid_nonce": Code(401, False, "`X-DR-Nonce` is not 1 to 128 visible ASCII characters."),
+    "invalid_signature": Code(401, False, "The signature does not match; `details.string_to_sign` says what counts."),
+    "replayed_nonce": Code(401, False, "This nonce was used before."),
+    "body_hash_mismatch": Code(401, False, "The body is not the one that `X-DR-Content-SHA256` announced."),
+    "nonce_store_full": Code(503, True, "As many nonces as `DOCKER_RUNNER_MAX_NONCES` are held; none is forgotten."),
+    "unverified_bodies_full": Code(503, True, "Bodies not yet verified reached `DOCKER_RUNNER_MAX_UNVERIFIED`."),
+    "spool_failed": Code(503, True, "A long body could not be kept in a temporary file (disk full?)."),
+    "signed_chunks_unsupported": Code(501, False, "Signed-chunk uploads are not served yet; send the body's hash."),
+    # Choosing the operation.
+    "invalid_path": Code(400, False, "The path holds a dot segment, an encoded slash, or a byte that no name has."),
+    "not_found": Code(404, False, "No such route, or not among the curated operations."),
+    "method_not_allowed": Code(405, False, "The path exists with other methods (see `Allow`)."),
+    "upgrade_unsupported": Code(501, False, "The upgraded form of attach and exec is not served yet."),
+    # The engine.
+    "docker_unavailable": Code(503, True, "`/v1/ready`: the engine does not answer a ping."),
+    "engine_socket_missing": Code(
+        503, True, "There is no socket at the engine's address: not running, or a wrong path."
+    ),
+    "engine_refused": Code(503, True, "Nothing listens on the engine's socket."),
+    "engine_permission_denied": Code(503, True, "The runner's user may not open the engine's socket."),
+    "engine_connect_timeout": Code(503, True, "The engine did not accept a connection in time."),
+    "engine_busy": Code(503, True, "All connections to the engine were in use for too long, or no file was left."),
+    "engine_timeout": Code(504, False, "The engine began no answer in time; the operation may have happened."),
+    "engine_cut_head": Code(502, False, "The engine closed the connection before its answer; it may have happened."),
+    "engine_cut_body": Code(502, False, "The engine's answer broke off; the operation may have happened."),
+    "engine_garbage": Code(502, False, "What the engine sent is not HTTP; the operation may have happened."),
+    # The runner itself.
+    "shutting_down": Code(503, True, "The runner is ending and takes no new requests."),
+    "internal_error": Code(500, False, "A defect of the runner; its log says more."),
+}
+
+
+class RunnerError(Exception):
+    """A refusal or failure of the runner's own, rendered once, by the outermost layer.
+
+    Args:
+        code: a key of `CODES`; gives the status and `retryable` unless overridden.
+        message: one sentence for a person; never a secret or a body.
+        retryable: overrides the table where one code has both cases.
+        details: what a machine may want beside the message (`error.details`).
+        headers: extra response headers, such as `Allow` or `Retry-After`.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool | None = None,
+        details: Mapping[str, str] | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        row = CODES[code]
+        self.code = code
+        self.message = message
+        self.status = row.status
+        self.retryable = row.retryable if retryable is None else retryable
+        self.details = details
+        self.headers = headers
+        if self.status in (429, 503) and not any(name == b"retry-after" for name, _ in headers):
+            self.headers = (*headers, (b"retry-after", b"1"))
+
+    def body(self) -> bytes:
+        """The JSON of this error, as both faces send it."""
+        error: dict[str, object] = {"code": self.code, "message": self.message, "retryable": self.retryable}
+        if self.details:
+            error["details"] = self.details
+        return msgspec.json.encode({"message": self.message, "error": error})
+
+    def response(self) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Status, headers and body of the answer that tells of this error."""
+        body = self.body()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *self.headers]
+        return self.status, headers, body

@@ -1,0 +1,173 @@
+"""docker-runner: the one small process that holds the Docker socket.
+
+Builds the service from its settings (`create_app`) and is the command line. What the commands do is in `commands.py`.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from urllib.parse import unquote
+
+from dotenv import load_dotenv
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import commands
+from auth import Authentication, Limits, Verifier, wall_clock_ms
+from client import __version__
+from dockerapi import Engine
+from proxy import EngineFace
+from settings import Settings, SettingsError
+from workloads import create_runner_face
+
+
+class App:
+    """The whole service as one ASGI application.
+
+    `verifier` may be given new secrets while it runs.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock_ms: Callable[[], int] = wall_clock_ms,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine = Engine(
+            settings.engine_socket,
+            max_connections=settings.engine_connections,
+            queue_s=settings.engine_queue_s,
+            connect_s=settings.engine_connect_s,
+        )
+        self.verifier = Verifier(
+            settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
+        )
+        self._engine_face = EngineFace(self.engine, head_s=settings.engine_head_s, event_buffer=settings.event_buffer)
+        self._runner_face = create_runner_face(self.engine, clock)
+        limits = Limits(
+            max_body=settings.max_body,
+            max_upload=settings.max_upload,
+            max_unverified=settings.max_unverified,
+            body_timeout_s=settings.body_timeout_s,
+        )
+        self._protected: ASGIApp = Authentication(self._route, self.verifier, limits, settings.path_prefix.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        else:
+            await self._protected(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        target: bytes = scope["docker_runner.request"].target
+        if target.startswith(b"/v1/"):
+            # Without the prefix of a proxy in front, which is no business of the routes.
+            scope["path"] = unquote(target.partition(b"?")[0].decode("latin-1"))
+            await self._runner_face(scope, receive, send)
+        else:
+            await self._engine_face(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self.engine.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def create_app(settings: Settings) -> App:
+    """The service. Nothing is global: two of them can live in one process."""
+    return App(settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    environ = os.environ
+    if environ.get("DOCKER_RUNNER_ENV") != "production":
+        load_dotenv(".env")
+    try:
+        if given[:1] == ["curl"] and given[1:] not in (["--help"], ["-h"]):
+            return commands.curl(given[1:], environ)  # Its arguments are curl's own.
+        options = _parser().parse_args(given)
+        match options.command:
+            case "serve":
+                return commands.serve(create_app, environ)
+            case "check":
+                return commands.check(environ)
+            case _:
+                return commands.sign(
+                    options.method, options.path, options.data, options.data_file, options.format, environ
+                )
+    except (SettingsError, commands.UsageError) as error:
+        print(f"docker-runner: {error}", file=sys.stderr)
+        return 2 if isinstance(error, commands.UsageError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="docker-runner",
+        description=(
+            "The one small process that holds the Docker socket: verifies signed HTTP requests and relays a curated "
+            "subset of the Docker Engine API. Settings come from the environment and, in development, from .env."
+        ),
+        epilog="Start with: docker-runner check && docker-runner serve",
+    )
+    parser.add_argument("--version", action="version", version=f"docker-runner {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+        return subparsers.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=f"Example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    add(
+        "serve",
+        "run the service",
+        "Serve until SIGTERM. SIGHUP reads DOCKER_RUNNER_SHARED_SECRET_FILE again; SIGTERM drains: running requests\n"
+        "get DOCKER_RUNNER_GRACE_MS, streams are ended, then the exit status is 0.",
+        "DOCKER_RUNNER_SHARED_SECRET_FILE=/run/secrets/runner docker-runner serve",
+    )
+    add(
+        "check",
+        "look at settings, socket and engine, and say what to do",
+        "Looks at the settings, the secret, the engine's socket, its version and API version. Exit status 0 if all is\n"
+        "well, 1 if not.",
+        "docker-runner check",
+    )
+    sign = add(
+        "sign",
+        "print the headers that sign one request",
+        "Prints the signature of one request: as arguments for curl, as JSON, or as a shell recipe with openssl that\n"
+        "needs no Python. A signature is good once, for DOCKER_RUNNER_SIGNATURE_TTL_MS.",
+        "curl $(docker-runner sign GET /version) http://127.0.0.1:7071/version",
+    )
+    sign.add_argument("method", metavar="METHOD", help="GET, POST, ...")
+    sign.add_argument(
+        "path", metavar="PATH", help="path and query, exactly as they will be sent: /containers/json?all=1"
+    )
+    body = sign.add_mutually_exclusive_group()
+    body.add_argument("--data", help="the body, as text")
+    body.add_argument("--data-file", metavar="FILE", help="the body, from a file")
+    sign.add_argument(
+        "--format", choices=("curl", "json", "openssl"), default="curl", help="what to print (default: curl)"
+    )
+    add(
+        "curl",
+        "run curl against the runner, signed",
+        "Runs curl with its usual arguments; the URL may be just a path. Adds the signature, and Content-Type:\n"
+        "application/json to a -d body that names no type.",
+        "docker-runner curl -s '/containers/json?all=1'",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,502 @@
+"""What ASGI cannot hold: a thin subclass of uvicorn's HTTP and WebSocket protocols, request cycle, and server.
+
+uvicorn 0.54 as it stands has no limit on a head's size or time, answers parse errors as text, loses a target's lone
+`?`, fragment and host, queues pipelined requests (and then never notices that the caller has gone), and on SIGTERM
+closes WebSockets at once, waits for ever on streams, and exits 143. Here:
+
+* every request's scope carries `docker_runner`, the `auth.Connection` of its caller: the raw target, `abort`, and
+  callbacks for the caller's leaving and the service's shutdown;
+* what is wrong with a request's framing is answered in the runner's error shape, and ends the connection;
+* bytes that come after a request and before the end of its answer are refused: 400 while nothing of the answer has
+  been given, an abort after that. The request they came after is treated as if its caller had left;
+* an answer that is given before the request's body was read is followed by a bounded drain, so that it can be read;
+* head and body of a small answer leave in one write.
+"""
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import socket
+import struct
+from asyncio import TimerHandle
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+from urllib.parse import unquote
+
+# Before uvicorn imports websockets: a signed upgrade's target may be 65,535 bytes long, the library stops at 8 KiB.
+os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", str(128 * 1024))
+
+import httptools
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from errors import RunnerError
+
+MAX_TARGET = 65_535
+"""Security limit: bytes of a request target."""
+MAX_HEAD = 256 * 1024
+"""Security limit: bytes of a request's head, target included (`X-Registry-Config` may be long)."""
+MAX_FIELDS = 100
+"""Security limit: header fields of a request."""
+MAX_WEBSOCKET_MESSAGE = 48 * 1024 * 1024
+"""Bytes of one WebSocket message: base64 of 32 MiB in JSON."""
+LINGER_BYTES = 1024 * 1024
+"""Bytes of an unwanted body that are read and dropped, so that the caller gets to read the answer."""
+LINGER_S = 1.0
+"""Seconds for that."""
+LAST_WORDS_S = 2.0
+"""Seconds for what is still running after the grace time to say so in-band."""
+_ONE_WRITE = 16 * 1024
+
+Callback = Callable[[], object]
+
+
+def _abort(transport: asyncio.Transport) -> None:
+    """Close with a reset: an answer delimited by the connection's end must not look complete."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+class _Caller:
+    """The callbacks of an `auth.Connection`; each is called once, at once if its time has already come."""
+
+    def __init__(self) -> None:
+        self._on_disconnect: Callback | None = None
+        self._on_drain: Callback | None = None
+        self._has_left = False
+        self._draining = False
+
+    def on_disconnect(self, callback: Callback) -> None:
+        self._on_disconnect = callback
+        if self._has_left:
+            callback()
+
+    def on_drain(self, callback: Callback) -> None:
+        self._on_drain = callback
+        if self._draining:
+            callback()
+
+    def leave(self) -> None:
+        self._has_left = True
+        if self._on_disconnect is not None:
+            self._on_disconnect()
+            self._on_disconnect = None
+
+    def drain(self) -> None:
+        self._draining = True
+        if self._on_drain is not None:
+            self._on_drain()
+            self._on_drain = None
+
+
+class Cycle(_Caller, RequestResponseCycle):
+    """One HTTP request and its answer; it is the `auth.Connection` of its request."""
+
+    def __init__(self, target: bytes, linger: Callback, **uvicorns: Any) -> None:
+        _Caller.__init__(self)
+        RequestResponseCycle.__init__(self, **uvicorns)
+        self.target = target
+        self._linger = linger
+        self._head: bytes | None = None
+        self._is_head_request = self.scope["method"] == "HEAD"
+
+    def abort(self) -> None:
+        """See `auth.Connection`."""
+        _abort(self.transport)
+
+    def leave(self) -> None:
+        """The caller has gone, or counts as gone."""
+        if not self.response_complete:
+            self.disconnected = True
+            self.message_event.set()
+            super().leave()
+
+    async def send(self, message: Any) -> None:
+        """ASGI. The head waits for the first piece of the body, but never longer than to the loop's next turn."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if kind == "http.response.start" and not self.response_started:
+            self.response_started = True
+            self.waiting_for_100_continue = False
+            self._head = self._render_head(message["status"], message.get("headers", ()))
+            asyncio.get_running_loop().call_soon(self._flush_head)
+        elif kind == "http.response.body" and self.response_started and not self.response_complete:
+            self._send_body(message.get("body", b""), last=not message.get("more_body", False))
+        else:
+            raise RuntimeError(f"unexpected ASGI message {kind!r}")
+
+    def _render_head(self, status: int, headers: Any) -> bytes:
+        if self.more_body:
+            self.keep_alive = False  # What remains of the request's body is not read.
+        lines = [STATUS_LINE[status]]
+        for name, value in headers:
+            if b"\n" in value or b"\r" in value or b"\0" in value:
+                raise RuntimeError("a header's value holds a line break")
+            if name.lower() == b"content-length":
+                self.expected_content_length = int(value)
+                self.chunked_encoding = False
+            lines.append(b"%b: %b\r\n" % (name, value))
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        if self._is_head_request or status in (204, 304):
+            self.expected_content_length = 0
+            self.chunked_encoding = False
+        elif self.chunked_encoding is None:
+            # An HTTP/1.0 caller knows no chunks: its answer ends with the connection.
+            self.chunked_encoding = self.scope["http_version"] != "1.0"
+            if self.chunked_encoding:
+                lines.append(b"transfer-encoding: chunked\r\n")
+            else:
+                self.expected_content_length = -1
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+    def _flush_head(self) -> None:
+        if self._head is not None and not self.disconnected and not self.transport.is_closing():
+            self.transport.write(self._head)
+        self._head = None
+
+    def _send_body(self, body: bytes, *, last: bool) -> None:
+        parts = [] if self._head is None else [self._head]
+        self._head = None
+        if self._is_head_request:
+            pass
+        elif self.chunked_encoding:
+            if body:
+                parts += (b"%x\r\n" % len(body), body, b"\r\n")
+            if last:
+                parts.append(b"0\r\n\r\n")
+        elif body:
+            parts.append(body)
+            if self.expected_content_length >= 0:
+                self.expected_content_length -= len(body)
+                if self.expected_content_length < 0:
+                    raise RuntimeError("the body is longer than its Content-Length")
+        if last and self.expected_content_length > 0:
+            raise RuntimeError("the body is shorter than its Content-Length")
+        if len(body) > _ONE_WRITE:
+            self.transport.writelines(parts)
+        elif parts:
+            self.transport.write(b"".join(parts))
+        if last:
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self._linger() if self.more_body else self.transport.close()
+            self.on_response()
+
+
+class WebSocket(_Caller, WebSocketsSansIOProtocol):
+    """One WebSocket; it is the `auth.Connection` of its upgrade request."""
+
+    def __init__(self, target: bytes, **uvicorns: Any) -> None:
+        _Caller.__init__(self)
+        WebSocketsSansIOProtocol.__init__(self, **uvicorns)
+        self.target = target
+
+    @property
+    def response_started(self) -> bool:
+        """See `auth.Connection`."""
+        return self.handshake_complete or self.initial_response is not None
+
+    async def run_asgi(self) -> None:
+        """uvicorn: serve the application."""
+        cast(dict[str, Any], self.scope)["docker_runner"] = self
+        await super().run_asgi()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio.Protocol."""
+        super().connection_lost(exc)
+        self.leave()
+
+    def shutdown(self) -> None:
+        """The service begins to shut down: the application ends its session in-band."""
+        self.drain()
+
+    def abort(self) -> None:
+        """See `auth.Connection`."""
+        _abort(self.transport)
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection of a caller.
+
+    Args:
+        head_timeout_s: for a request's head, from its first byte.
+        uvicorns: what uvicorn gives its protocols.
+    """
+
+    cycle: Cycle
+
+    def __init__(self, head_timeout_s: float, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self.parser = httptools.HttpRequestParser(self)  # Without the leniencies that uvicorn sets.
+        self._head_timeout_s = head_timeout_s
+        self._head_timer: TimerHandle | None = None
+        self._in_head = False
+        self._head_size = 0
+        self._violation: RunnerError | None = None
+        self._linger_left: int | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol."""
+        super().connection_made(cast(asyncio.Transport, transport))
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio.Protocol."""
+        self._stop_head_timer()
+        self._unset_keepalive_if_required()
+        if self.cycle is not None:
+            self.cycle.leave()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol."""
+        if self._linger_left is not None:
+            self._linger_left -= len(data)
+            if self._linger_left < 0:
+                self.transport.close()
+            return
+        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
+            if data.strip(b"\r\n"):
+                self._refuse(RunnerError("pipelining_refused", "more bytes came before the answer was complete"))
+            return
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(self._violation or RunnerError("bad_request", "not a well-formed HTTP/1.1 request"))
+            return
+        if self._in_head:
+            self._head_size += len(data)
+            if self._head_size > MAX_HEAD:
+                self._refuse(RunnerError("headers_too_large", f"the head is longer than {MAX_HEAD} bytes"))
+            elif self._head_timer is None:
+                self._head_timer = self.loop.call_later(self._head_timeout_s, self._head_timed_out)
+
+    def on_message_begin(self) -> None:
+        """httptools."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            raise self._violates("pipelining_refused", "a second request came before the answer to the first")
+        super().on_message_begin()
+        self._in_head = True
+        self._head_size = 0
+
+    def on_url(self, url: bytes) -> None:
+        """httptools."""
+        super().on_url(url)
+        if len(self.url) > MAX_TARGET:
+            raise self._violates("target_too_long", f"the request target is longer than {MAX_TARGET} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools."""
+        super().on_header(name, value)
+        if len(self.headers) > MAX_FIELDS:
+            raise self._violates("headers_too_large", f"more than {MAX_FIELDS} header fields")
+
+    def on_headers_complete(self) -> None:
+        """httptools. The head is whole: start the application."""
+        self._in_head = False
+        self._stop_head_timer()
+        scope = cast(dict[str, Any], self.scope)
+        scope["method"] = self.parser.get_method().decode("ascii")
+        version = scope["http_version"] = self.parser.get_http_version()
+        if self.parser.should_upgrade() and self._should_upgrade():
+            return
+        raw_path, _, query = self.url.partition(b"?")
+        scope["raw_path"] = raw_path
+        scope["path"] = unquote(raw_path.decode("latin-1"))
+        scope["query_string"] = query
+        self.cycle = scope["docker_runner"] = Cycle(
+            self.url,
+            self._linger,
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=[],
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        self._start_asgi_task(self.cycle, self.app)
+
+    def on_response_complete(self) -> None:
+        """The answer is complete: wait for the next request, or (when lingering) for nothing more."""
+        if self._linger_left is None:
+            super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """The service begins to shut down."""
+        super().shutdown()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.drain()
+
+    def _should_upgrade(self) -> bool:
+        """A WebSocket upgrade is a GET with what RFC 6455 asks for; any other is served as if it asked for none."""
+        names = {name for name, _ in self.headers}
+        return (
+            self.scope["method"] == "GET"
+            and self._get_upgrade() == b"websocket"
+            and (b"sec-websocket-version", b"13") in self.headers
+            and b"sec-websocket-key" in names
+            and not names & {b"content-length", b"transfer-encoding"}
+        )
+
+    def _upgrade(self, rest: bytes) -> None:
+        if self._should_upgrade():
+            self.ws_protocol_class = cast(Any, functools.partial(WebSocket, self.url))
+            self.handle_websocket_upgrade()
+        elif rest.strip(b"\r\n"):
+            self._refuse(RunnerError("pipelining_refused", "more bytes came before the answer was complete"))
+        else:
+            self.cycle.keep_alive = False
+
+    def _await_request(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _head_timed_out(self) -> None:
+        self._refuse(RunnerError("request_timeout", "the head of the request did not arrive in time"))
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _violates(self, code: str, message: str) -> RunnerError:
+        self._violation = RunnerError(code, message)
+        return self._violation
+
+    def _refuse(self, error: RunnerError) -> None:
+        """End the connection because of what came on it, telling why if nothing of another answer was given."""
+        self._stop_head_timer()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.leave()
+            if self.cycle.response_started:
+                self.cycle.abort()
+                return
+        status, headers, body = error.response()
+        fields = b"".join(b"%b: %b\r\n" % field for field in headers)
+        self.transport.write(b"%bconnection: close\r\n%b\r\n%b" % (STATUS_LINE[status], fields, body))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close, but read on for a while, so that a caller that is still sending gets to read the answer."""
+        self._linger_left = LINGER_BYTES
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._head_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with a shutdown that lets the application end what it began.
+
+    Args:
+        config: of uvicorn.
+        grace_s: how long running requests may go on after SIGTERM or SIGINT.
+        on_reload: called on SIGHUP.
+        on_started: called with the listening address, once it is.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, *, grace_s: float, on_reload: Callback, on_started: Callable[[str], object]
+    ) -> None:
+        super().__init__(config)
+        self._grace_s = grace_s
+        self._on_reload = on_reload
+        self._on_started = on_started
+        self._hurry = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would re-raise what it caught, and so exit with the signal's status; `startup` takes them instead."""
+        yield
+
+    def stop(self) -> None:
+        """SIGTERM, SIGINT: the first drains, the second ends at once."""
+        if self.should_exit:
+            self._hurry.set()
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take the signals, and listen."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self._on_reload)
+        loop.add_signal_handler(signal.SIGTERM, self.stop)
+        loop.add_signal_handler(signal.SIGINT, self.stop)
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._on_started(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new requests, give the running ones their time, then have them end in-band, then close."""
+        for server in self.servers:
+            server.close()
+        connections = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        await self._settle(self._grace_s)
+        for task in list(self.server_state.tasks):
+            task.cancel()
+        await self._settle(LAST_WORDS_S)
+        for connection in list(connections):
+            connection.transport.abort()
+        await self.lifespan.shutdown()
+
+    async def _settle(self, limit_s: float) -> None:
+        """Wait until no request runs, for a while, or until told to hurry."""
+        running: asyncio.Future[Any] = asyncio.gather(*self.server_state.tasks, return_exceptions=True)
+        hurry: asyncio.Future[Any] = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({running, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+
+
+def create_server(
+    app: ASGIApp,
+    *,
+    host: str,
+    port: int,
+    head_timeout_s: float,
+    keep_alive_s: float,
+    grace_s: float,
+    trusted_proxies: tuple[str, ...],
+    on_reload: Callback,
+    on_started: Callable[[str], object],
+) -> Server:
+    """A server of `app` on an address; `run` serves until SIGTERM. Times in seconds."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        loop="uvloop",
+        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s)),
+        ws=WebSocket,
+        ws_max_size=MAX_WEBSOCKET_MESSAGE,
+        ws_ping_interval=None,
+        ws_per_message_deflate=False,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=cast(int, keep_alive_s),
+    )
+    return Server(config, grace_s=grace_s, on_reload=on_reload, on_started=on_started)

@@ -1,0 +1,214 @@
+"""Settings: the environment and its files, decoded once into one frozen struct. Every default is in the table below.
+
+A wrong value is an error that names its variable; nothing falls back silently.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from auth import Keyring
+
+MIB = 1024 * 1024
+LOG_LEVELS = ("trace", "debug", "info", "warn", "error", "fatal")
+
+
+class SettingsError(Exception):
+    """A variable is missing or wrong; the message is one line that names it."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the service can be told. Units are in the names: `_s` seconds, `_ms` milliseconds, else bytes."""
+
+    keyring: Keyring
+    engine_socket: str
+    host: str
+    port: int
+    signature_ttl_ms: int
+    log_level: str
+    max_body: int
+    max_upload: int
+    max_unverified: int
+    max_nonces: int
+    body_timeout_s: float
+    head_timeout_s: float
+    keep_alive_s: float
+    grace_s: float
+    engine_connections: int
+    engine_queue_s: float
+    engine_connect_s: float
+    engine_head_s: float
+    event_buffer: int
+    trusted_proxies: tuple[str, ...]
+    path_prefix: str
+
+
+class Variable(msgspec.Struct, frozen=True):
+    """A row of the table of variables: its default as text ("" for none), how it is read, what it means."""
+
+    default: str
+    read: Callable[[str], Any]
+    field: str
+    meaning: str
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _seconds(low_ms: int, high_ms: int) -> Callable[[str], float]:
+    return lambda text: _integer(low_ms, high_ms)(text) / 1000
+
+
+def _level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"must be one of {' '.join(LOG_LEVELS)}")
+    return text
+
+
+def _prefix(text: str) -> str:
+    if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
+        raise ValueError("must be a path such as /runner, without a slash at its end")
+    return text
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+VARIABLES: Mapping[str, Variable] = {
+    "DOCKER_RUNNER_HOST": Variable("0.0.0.0", str, "host", "Address to listen on."),
+    "DOCKER_RUNNER_PORT": Variable("7071", _integer(0, 65535), "port", "Port to listen on; 0 takes a free one."),
+    "DOCKER_RUNNER_SIGNATURE_TTL_MS": Variable(
+        "60000", _integer(1000, 3_600_000), "signature_ttl_ms", "Accepted clock difference, either way, in ms."
+    ),
+    "DOCKER_RUNNER_LOG_LEVEL": Variable("info", _level, "log_level", "One of trace debug info warn error fatal."),
+    "DOCKER_RUNNER_MAX_BODY": Variable(
+        str(64 * MIB), _integer(1024, 1 << 40), "max_body", "Longest body without `X-DR-Content-SHA256`, in bytes."
+    ),
+    "DOCKER_RUNNER_MAX_UPLOAD": Variable(
+        str(16 * 1024 * MIB), _integer(1024, 1 << 50), "max_upload", "Longest body with that header, in bytes."
+    ),
+    "DOCKER_RUNNER_MAX_UNVERIFIED": Variable(
+        str(256 * MIB), _integer(1024, 1 << 40), "max_unverified", "Bytes of unverified bodies held, all together."
+    ),
+    "DOCKER_RUNNER_MAX_NONCES": Variable(
+        "1000000", _integer(1, 100_000_000), "max_nonces", "Nonces remembered; when full, requests get 503."
+    ),
+    "DOCKER_RUNNER_BODY_TIMEOUT_MS": Variable(
+        "30000", _seconds(100, 3_600_000), "body_timeout_s", "Longest pause within a request's body, in ms."
+    ),
+    "DOCKER_RUNNER_HEAD_TIMEOUT_MS": Variable(
+        "10000", _seconds(100, 600_000), "head_timeout_s", "Time for a request's head to arrive, in ms."
+    ),
+    "DOCKER_RUNNER_KEEP_ALIVE_MS": Variable(
+        "75000", _seconds(100, 3_600_000), "keep_alive_s", "How long an idle connection is kept, in ms."
+    ),
+    "DOCKER_RUNNER_GRACE_MS": Variable(
+        "10000", _seconds(0, 3_600_000), "grace_s", "Time for running requests after SIGTERM, in ms."
+    ),
+    "DOCKER_RUNNER_ENGINE_CONNECTIONS": Variable(
+        "1024", _integer(1, 100_000), "engine_connections", "Connections to the engine at once, streams included."
+    ),
+    "DOCKER_RUNNER_ENGINE_QUEUE_MS": Variable(
+        "5000", _seconds(0, 600_000), "engine_queue_s", "Longest wait for a free one of these, in ms."
+    ),
+    "DOCKER_RUNNER_ENGINE_CONNECT_MS": Variable(
+        "2000", _seconds(10, 600_000), "engine_connect_s", "Time for the engine to accept a connection, in ms."
+    ),
+    "DOCKER_RUNNER_ENGINE_HEAD_MS": Variable(
+        "60000",
+        _seconds(100, 86_400_000),
+        "engine_head_s",
+        "Time for the engine to begin its answer to a quick operation (lists, inspects), in ms.",
+    ),
+    "DOCKER_RUNNER_EVENT_BUFFER": Variable(
+        str(4 * MIB), _integer(1024, 1 << 32), "event_buffer", "Bytes of events held for one slow reader."
+    ),
+    "DOCKER_RUNNER_TRUSTED_PROXIES": Variable(
+        "", _addresses, "trusted_proxies", "Addresses whose `X-Forwarded-For` is believed, comma-separated."
+    ),
+    "DOCKER_RUNNER_PATH_PREFIX": Variable("", _prefix, "path_prefix", "Path prefix that a proxy in front adds."),
+}
+
+KEY_VARIABLES: Mapping[str, str] = {
+    "DOCKER_RUNNER_SHARED_SECRET": "The HMAC secret. This or the next is required.",
+    "DOCKER_RUNNER_SHARED_SECRET_FILE": (
+        "File of secrets, one a line (`name:secret` for a named key): the first signs, all are accepted; "
+        "read again on SIGHUP."
+    ),
+    "DOCKER_SOCKET": "The engine's socket; else `DOCKER_RUNNER_SOCKET`, else `DOCKER_HOST` if `unix://`.",
+    "DOCKER_RUNNER_SOCKET": "See `DOCKER_SOCKET`.",
+    "DOCKER_HOST": "See `DOCKER_SOCKET`; anything but `unix://` is passed over.",
+    "DOCKER_RUNNER_ENV": "`production`: no `.env` file is read.",
+    "DOCKER_RUNNER_URL": "For `curl`: where the runner is (default `http://127.0.0.1:PORT`).",
+}
+
+DEFAULT_SOCKET = "/var/run/docker.sock"
+
+
+def read_keyring(environ: Mapping[str, str]) -> Keyring:
+    """The accepted secrets, from the file if one is named, else from the variable.
+
+    Raises:
+        SettingsError: neither is set, both are, or the file cannot be read or is empty.
+    """
+    secret = environ.get("DOCKER_RUNNER_SHARED_SECRET", "")
+    file = environ.get("DOCKER_RUNNER_SHARED_SECRET_FILE", "")
+    if secret and file:
+        raise SettingsError("DOCKER_RUNNER_SHARED_SECRET: set this or DOCKER_RUNNER_SHARED_SECRET_FILE, not both")
+    if secret:
+        return Keyring(((None, secret),))
+    if not file:
+        raise SettingsError("DOCKER_RUNNER_SHARED_SECRET: required (or DOCKER_RUNNER_SHARED_SECRET_FILE)")
+    try:
+        return Keyring.parse(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"DOCKER_RUNNER_SHARED_SECRET_FILE: cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"DOCKER_RUNNER_SHARED_SECRET_FILE: {file} {error}") from error
+
+
+def read_engine_socket(environ: Mapping[str, str]) -> str:
+    """The path of the engine's socket.
+
+    Raises:
+        SettingsError: the path is relative, or longer than a Unix socket's address can be.
+    """
+    variable = next((name for name in ("DOCKER_SOCKET", "DOCKER_RUNNER_SOCKET") if environ.get(name)), None)
+    if variable is None:
+        host = environ.get("DOCKER_HOST", "")
+        if not host.startswith("unix://"):
+            return DEFAULT_SOCKET
+        variable = "DOCKER_HOST"
+    path = environ[variable].removeprefix("unix://")
+    if not path.startswith("/"):
+        raise SettingsError(f"{variable}: must be an absolute path")
+    if len(os.fsencode(path)) > 107:
+        raise SettingsError(f"{variable}: is longer than the 107 bytes of a Unix socket's address")
+    return path
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """All settings from an environment.
+
+    Raises:
+        SettingsError: the first variable that is missing or wrong.
+    """
+    values: dict[str, Any] = {}
+    for name, variable in VARIABLES.items():
+        text = environ.get(name, "") or variable.default
+        try:
+            values[variable.field] = variable.read(text)
+        except ValueError as error:
+            raise SettingsError(f"{name}: {error}, not {text!r}") from error
+    return Settings(keyring=read_keyring(environ), engine_socket=read_engine_socket(environ), **values)
