@@ -10,12 +10,14 @@ parser callback, so that a small answer is complete when its head is first seen.
 once, so that the engine notices.
 
 A request is sent a second time in one case only: on a kept connection, where it is proven that the engine has not read
-it whole. The proof is the kernel's: a write that fails with EPIPE found the peer closed before it took a byte; a reset
-of a Unix socket means that the peer closed it with bytes still unread. Both hold only for a request that left in one
-write; every other loss is reported, never repeated.
+its head whole. The proof is the kernel's: a write that fails with EPIPE found the peer closed before it took the last
+byte; a reset of a Unix socket means that the peer closed it with bytes still unread. Both speak of the head only where
+nothing follows it: an engine may act on a head while the body waits. So a request with a body is never repeated, and
+neither is one whose connection was lost in any other way; that is reported.
 """
 
 import asyncio
+import contextlib
 import enum
 import errno
 import socket
@@ -82,7 +84,7 @@ class EngineResponse:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
-        """The whole body has arrived (some of it may still wait to be taken)."""
+        """The whole body has arrived (some of it may still wait to be taken). Excludes a `failure`."""
         self._connection: _Connection | None = connection
         self._overflow = overflow
         self._failure: Exception | None = None
@@ -201,15 +203,22 @@ class EngineResponse:
 
     def append(self, data: bytes) -> bool:
         """Take in what arrived of the body; returns whether reading should pause."""
+        if self._failure is not None:
+            return False  # After a gap there is nothing worth having.
         self._chunks.append(data)
         self._size += len(data)
         if self._overflow is None:
             return self._size > HIGH_WATER
-        if self._size > self._overflow.limit and self._failure is None:
-            self._chunks.clear()
+        if self._size > self._overflow.limit:
             self.failed(RunnerError("engine_cut_body", "the caller reads too slowly"))
+            self._chunks.clear()
             self._overflow.tell()
         return False
+
+    def completed(self) -> None:
+        """The whole body has arrived."""
+        if self._failure is None:
+            self.complete = True
 
     def failed(self, error: Exception) -> None:
         """The answer will not be complete; the first reason counts."""
@@ -276,13 +285,29 @@ class _Connection(asyncio.Protocol):
         return False  # Closed, or the engine speaks out of turn.
 
     def begin(
-        self, method: bytes, data: bytes, *, whole: bool, head_s: float | None, overflow: _Overflow | None
+        self,
+        method: bytes,
+        data: bytes,
+        *,
+        whole: bool,
+        bare: bool,
+        head_s: float | None,
+        overflow: _Overflow | None,
     ) -> EngineResponse:
-        """Send a request's head with its first bytes (or, if `whole`, all of it); returns its answer to come."""
+        """Send a request's head with its first bytes; returns its answer to come.
+
+        Args:
+            method: of the request.
+            data: what is sent now.
+            whole: it is all of the request.
+            bare: it is a head alone, and nothing follows it.
+            head_s: time limit on the answer's head.
+            overflow: see `Engine.request`.
+        """
         self._parser = httptools.HttpResponseParser(self)
         self._method = method
-        self._whole = self._sent = whole
-        self._kept = self._used
+        self._sent = whole
+        self._repeatable = bare and self._used
         self._used = True
         self._head_size = 0
         self._headers: list[tuple[bytes, bytes]] = []
@@ -301,7 +326,7 @@ class _Connection(asyncio.Protocol):
             raise RunnerError("engine_cut_head", "the engine closed the connection during the request's body")
         self._transport.write(data)
         if self._writable is not None:
-            await self._writable
+            await asyncio.shield(self._writable)  # Who gives up waiting does not end the wait of the next.
 
     def request_sent(self) -> None:
         """The request's body is complete."""
@@ -363,20 +388,26 @@ class _Connection(asyncio.Protocol):
         """asyncio.Protocol. In RAW our half stays open: closing it early would end the output of an attach."""
         answer = self._answer
         if answer is not None and (self.state is _State.RAW or self._until_eof):
-            answer.complete = True
+            answer.completed()
             answer.wake()
-        return self.state is _State.RAW
+        if self.state is _State.RAW:
+            return True
+        self.connection_lost(None)
+        self._transport.abort()  # A close would first wait for an engine that may never read what is on its way.
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol."""
+        unread = isinstance(exc, BrokenPipeError | ConnectionResetError)
+        if unread:
+            self._receive_rest()
         if self.state is _State.CLOSED:
             return
         answer = self._answer
         if answer is not None and not answer.complete:
-            unread = isinstance(exc, BrokenPipeError | ConnectionResetError)
             if answer.status:
                 answer.failed(RunnerError("engine_cut_body", "the engine's answer broke off"))
-            elif unread and self._kept and self._whole and not self._head_size:
+            elif unread and self._repeatable and not self._head_size:
                 answer.failed(_NotProcessedError())
             else:
                 answer.failed(RunnerError("engine_cut_head", "the engine closed the connection before its answer"))
@@ -402,7 +433,8 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """httptools."""
-        self._headers.append((name, value))
+        if self._answer is not None and not self._answer.status:  # A trailer is no header.
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """httptools."""
@@ -421,7 +453,11 @@ class _Connection(asyncio.Protocol):
             return
         self._keep = self._parser.should_keep_alive()
         if self._method == b"HEAD":
-            answer.complete = True  # The parser would wait for a body.
+            # The parser knows nothing of HEAD: it would wait for a body, without a length until the connection's end.
+            answer.completed()
+            self._keep = self._parser.get_http_version() == "1.1" and not any(
+                name.lower() == b"connection" and value.lower() == b"close" for name, value in self._headers
+            )
         elif status not in (204, 304):
             names = {name.lower() for name, _ in self._headers}
             self._until_eof = b"content-length" not in names and b"transfer-encoding" not in names
@@ -436,9 +472,23 @@ class _Connection(asyncio.Protocol):
         """httptools. Also called for interim answers and for the head of an upgrade."""
         answer = self._answer
         if answer is not None and answer.status and answer.status != 101:
-            answer.complete = True
+            answer.completed()
 
     # Inside.
+
+    def _receive_rest(self) -> None:
+        """A failed write ends the transport: take what the engine said (413, say) before it closed on our bytes."""
+        self._sent = self._reading = False  # Neither kept nor paused any more.
+        with contextlib.suppress(OSError):
+            while self.state in (_State.BUSY, _State.RAW):
+                data = self._sock.recv(HIGH_WATER, socket.MSG_DONTWAIT)
+                if data:
+                    self.data_received(data)
+                else:
+                    # A raw stream ends with the connection, whether or not all of its input was wanted.
+                    if self._answer is not None and self.state is _State.RAW:
+                        self._answer.completed()
+                    break
 
     def _append(self, data: bytes) -> None:
         assert self._answer is not None
@@ -542,7 +592,9 @@ class Engine:
         fresh = False
         while True:
             connection = await self._acquire(fresh=fresh)
-            answer = connection.begin(method, head, whole=pieces is None, head_s=head_s, overflow=overflow)
+            answer = connection.begin(
+                method, head, whole=pieces is None, bare=not body, head_s=head_s, overflow=overflow
+            )
             try:
                 if pieces is not None:
                     sending = answer.send(pieces, chunked=not isinstance(body, bytes) and length is None)
@@ -564,8 +616,12 @@ class Engine:
         Raises:
             RunnerError: it is not, or it answers with an error.
         """
-        with await self.request(b"GET", b"/_ping", head_s=limit_s) as response:
-            body = await response.read(MAX_HEAD)
+        try:
+            async with asyncio.timeout(limit_s):
+                with await self.request(b"GET", b"/_ping") as response:
+                    body = await response.read(MAX_HEAD)
+        except TimeoutError:
+            raise RunnerError("engine_timeout", "the engine did not answer a ping in time") from None
         if response.status != 200:
             raise RunnerError("docker_unavailable", f"the engine's ping answers {response.status}: {body[:200]!r}")
 
@@ -605,17 +661,19 @@ class Engine:
             if turn.done() and not turn.cancelled():
                 freed = turn.result()
                 self._give_place() if freed is None else self._on_free(freed)
+            else:
+                with contextlib.suppress(ValueError):  # Passed over already.
+                    self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise RunnerError("engine_busy", "all connections to the engine are in use; try again soon") from None
             raise
 
     async def _connect(self) -> _Connection:
         """Open a connection in a place that is ours; gives the place up on failure."""
-        loop = asyncio.get_running_loop()
         sock = None
         try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             async with asyncio.timeout(self._connect_s):
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 while True:
                     try:
                         sock.connect(self.path)
@@ -623,10 +681,6 @@ class Engine:
                     except BlockingIOError:
                         # The backlog is full; a Unix socket has nothing that would wake us up, so look again.
                         await asyncio.sleep(0.01)
-                connected = sock
-                _, connection = await loop.create_unix_connection(
-                    lambda: _Connection(connected, self._on_free, self._on_lost), sock=sock
-                )
         except BaseException as error:
             if sock is not None:
                 sock.close()
@@ -636,7 +690,21 @@ class Engine:
             if isinstance(error, OSError):
                 raise _connect_error(error, self.path) from None
             raise
+        connection = _Connection(sock, self._on_free, self._on_lost)
         self._open.add(connection)
+        # From here on the place is the connection's. The loop takes the socket over within one turn; that is never
+        # broken off, because the loops differ in what they then leave of the socket and whether they tell of its end.
+        taking = asyncio.ensure_future(asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=sock))
+
+        def unwanted(taken: asyncio.Task[tuple[asyncio.Transport, _Connection]]) -> None:
+            failed = taken.cancelled() or taken.exception() is not None
+            connection.connection_lost(None) if failed else connection.close()
+
+        try:
+            await asyncio.shield(taking)
+        except BaseException:
+            taking.add_done_callback(unwanted)
+            raise
         return connection
 
     def _on_free(self, connection: _Connection) -> None:

@@ -313,6 +313,8 @@ class HttpProtocol(HttpToolsProtocol):
         scope = cast(dict[str, Any], self.scope)
         scope["method"] = self.parser.get_method().decode("ascii")
         version = scope["http_version"] = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise self._violates("bad_request", "HTTP/1.1 is spoken here")
         if self.parser.should_upgrade() and self._should_upgrade():
             return
         raw_path, _, query = self.url.partition(b"?")

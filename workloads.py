@@ -9,7 +9,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dockerapi import Engine
 from errors import RunnerError
@@ -75,12 +75,15 @@ class _RunnerFace(Starlette):
 
     def build_middleware_stack(self) -> ASGIApp:
         self.router.redirect_slashes = False
-        return ExceptionMiddleware(self.router, handlers={HTTPException: _refuse})
+        self.router.default = _no_route
+        return ExceptionMiddleware(self.router, handlers={405: _wrong_method})
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        allow = (b"allow", (error.headers or {}).get("Allow", "").encode())
-        raise RunnerError("method_not_allowed", f"{request.method} is not allowed here", headers=(allow,))
+async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
     raise RunnerError("not_found", "no such route")
+
+
+async def _wrong_method(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    allow = (b"allow", (error.headers or {})["Allow"].encode())
+    raise RunnerError("method_not_allowed", f"{request.method} is not allowed here", headers=(allow,))

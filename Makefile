@@ -1,0 +1,29 @@
+# Each target does its own set-up; on Debian python3, make and git are enough to begin with.
+
+PYTHON ?= python3
+
+.PHONY: help run test lint engine-stop clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+run: ## start the runner on 127.0.0.1:7071, with an engine of its own if none answers
+	@exec $(PYTHON) -m dev.prepare run
+
+test: ## all tests, on a real engine; ARGS goes to pytest: make test ARGS="-k auth"
+	@$(PYTHON) -m dev.prepare test
+	@exec .venv/bin/python -m pytest $(ARGS)
+
+lint: ## ruff (lint and format) and mypy --strict
+	@$(PYTHON) -m dev.prepare lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+engine-stop: ## stop the engine that `make run` started; its images stay
+	@$(PYTHON) -m dev.private_engine stop
+
+clean: ## stop that engine and remove all that was made here but .env
+	@$(PYTHON) -m dev.private_engine remove
+	rm -rf .dev .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,69 @@
+"""Debian packages: what is missing, and how to install it.
+
+A package counts as there if what the set-up needs of it is there, wherever that came from.
+"""
+
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from dev import SetupError, find_program
+
+
+def _program(name: str) -> bool:
+    return find_program(name) is not None
+
+
+PRESENT: dict[str, Callable[[], bool]] = {
+    "busybox-static": partial(_program, "busybox"),  # a dynamic one is left alone; see busybox.py
+    "ca-certificates": Path("/etc/ssl/certs/ca-certificates.crt").exists,
+    "curl": partial(_program, "curl"),
+    "docker-registry": partial(_program, "docker-registry"),
+    "docker.io": partial(_program, "dockerd"),
+    "iptables": partial(_program, "iptables"),
+    "openssl": partial(_program, "openssl"),
+    "python3-venv": lambda: importlib.util.find_spec("ensurepip") is not None,
+}
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those of the packages that are not there."""
+    return [name for name in packages if not PRESENT[name]()]
+
+
+def install(packages: Iterable[str]) -> list[str]:
+    """Installs what is missing of the packages, and nothing else; returns what that was.
+
+    apt-get is not even started if all is there. Raises SetupError, naming the command, where only root could go on.
+    """
+    needed = missing(packages)
+    if not needed:
+        return []
+    command = ["apt-get", "install", "--yes", "--no-install-recommends", *needed]
+    if os.geteuid() != 0 or not find_program("apt-get"):
+        raise SetupError(f"missing: {', '.join(needed)}. As root: apt-get update && {' '.join(command)}")
+    print(f"packages   installing {', '.join(needed)}", flush=True)
+    quiet = ["--quiet", "--option", "DPkg::Lock::Timeout=120"]
+    _apt_get("update", *quiet)  # a failure shows in what comes next, or does not matter
+    done = _apt_get(*command[1:], *quiet)
+    # Not its exit status: where a package's own service cannot start, apt-get fails and all that we need is there.
+    still = missing(needed)
+    if still:
+        said = "\n".join(done.stdout.splitlines()[-20:])
+        raise SetupError(f"apt-get could not install {', '.join(still)}:\n{said}")
+    return needed
+
+
+def _apt_get(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["apt-get", *arguments],
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
