@@ -15,7 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import Protocol
 
 import msgspec
@@ -63,10 +63,10 @@ class Keyring(msgspec.Struct, frozen=True):
         """Read a secret file: one secret a line, `name:secret` for a named key; empty lines are passed over.
 
         Raises:
-            ValueError: there is no secret.
+            ValueError: there is no secret, or one stands under two names (then a signature would not say who asks).
         """
         secrets: list[tuple[str | None, str]] = []
-        for line in text.splitlines():
+        for line in text.split("\n"):
             line = line.strip()
             if not line:
                 continue
@@ -74,6 +74,8 @@ class Keyring(msgspec.Struct, frozen=True):
             secrets.append((named[1], named[2]) if named else (None, line))
         if not secrets:
             raise ValueError("holds no secret")
+        if len({secret for _, secret in secrets}) < len(set(secrets)):
+            raise ValueError("holds one secret under two names")
         return cls(tuple(secrets))
 
     def of(self, name: str | None) -> list[bytes]:
@@ -89,7 +91,7 @@ class NonceStore:
     taken up again without a second entry in a list, so that repeated releases cannot grow anything.
 
     Args:
-        limit: entries held at most; about 115 bytes each.
+        limit: entries held at most; about 160 bytes each.
     """
 
     def __init__(self, limit: int) -> None:
@@ -109,14 +111,16 @@ class NonceStore:
         """
         self._drop_past(now_ms // 1000)
         end = until_ms // 1000 + 1
-        held = self._ends.get(digest)
-        if held is not None and held > 0:
+        held = self._ends.get(digest, 0)
+        if held > 0:
             raise RunnerError("replayed_nonce", "this nonce was used before")
-        if held is None and len(self._ends) >= self._limit:
+        if not held and len(self._ends) >= self._limit:
             raise RunnerError("nonce_store_full", "no room to remember another nonce; try again soon")
-        self._ends[digest] = end
-        if held is None or -held != end:
+        if -held < end:
             self._by_end.setdefault(end, []).append(digest)
+            self._ends[digest] = end
+        else:
+            self._ends[digest] = -held  # Released, and already in a list that ends no earlier.
 
     def release(self, digest: bytes) -> None:
         """Make a taken nonce usable again, by a repetition of the very same request."""
@@ -125,13 +129,16 @@ class NonceStore:
             self._ends[digest] = -held
 
     def _drop_past(self, now_s: int) -> None:
-        if not self._by_end:
-            self._next_end = now_s
-        while self._next_end <= now_s:
-            for digest in self._by_end.pop(self._next_end, ()):
-                if abs(self._ends.get(digest, 0)) == self._next_end:
-                    del self._ends[digest]
-            self._next_end += 1
+        if now_s < self._next_end:
+            return
+        # Normally the one list of the second that has passed; the clock may also have leapt.
+        past = range(self._next_end, now_s + 1) if now_s - self._next_end < len(self._by_end) else sorted(self._by_end)
+        for end in past:
+            if end <= now_s:
+                for digest in self._by_end.pop(end, ()):
+                    if abs(self._ends.get(digest, 0)) == end:
+                        del self._ends[digest]
+        self._next_end = now_s + 1
 
 
 class Credentials(msgspec.Struct, frozen=True):
@@ -192,6 +199,7 @@ class Verifier:
         self._ttl_ms = ttl_ms
         self._clock_ms = clock_ms
         self._now_ms = self._started_ms = clock_ms()
+        self._behind = False
 
     @property
     def keyring(self) -> Keyring:
@@ -201,7 +209,10 @@ class Verifier:
     @keyring.setter
     def keyring(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._secrets = {name: keyring.of(name) for name, _ in keyring.secrets}
+        # With each secret a digest of it: nonces are kept apart by the secret that signed them, never by a mere name.
+        self._secrets = {
+            name: [(secret, sha256(secret).digest()) for secret in keyring.of(name)] for name, _ in keyring.secrets
+        }
 
     def check_time(self, credentials: Credentials) -> None:
         """Refuse a request whose timestamp is out of range.
@@ -210,7 +221,15 @@ class Verifier:
             RunnerError: `timestamp_out_of_range`; retryable if the request is merely older than this process, whose
                 predecessor may have served it already.
         """
-        self._now_ms = now = max(self._now_ms, self._clock_ms())
+        now = self._clock_ms()
+        if now < self._now_ms - self._ttl_ms and not self._behind:
+            log.error(
+                "the system's clock went back by %d ms: requests are refused until it has caught up, or the runner is "
+                "started again",
+                self._now_ms - now,
+            )
+        self._behind = now < self._now_ms - self._ttl_ms
+        self._now_ms = now = max(self._now_ms, now)
         if abs(now - credentials.timestamp_ms) > self._ttl_ms:
             raise RunnerError(
                 "timestamp_out_of_range",
@@ -224,6 +243,10 @@ class Verifier:
                 retryable=True,
             )
 
+    def seconds_left(self, credentials: Credentials) -> float:
+        """How long the request can still be accepted, as far as its timestamp goes."""
+        return max(0, credentials.timestamp_ms + self._ttl_ms - self._now_ms) / 1000
+
     def verify(self, credentials: Credentials, method: bytes, target: bytes, content_hash: bytes) -> bytes:
         """Check the signature, then take the nonce, in one step.
 
@@ -235,17 +258,17 @@ class Verifier:
                 `replayed_nonce`, `nonce_store_full`.
         """
         message = string_to_sign(method, target, credentials.timestamp, credentials.nonce, content_hash)
-        genuine = False
-        for secret in self._secrets.get(credentials.key, ()):
-            genuine |= hmac.compare_digest(signature(secret, message), credentials.signature)
-        if not genuine:
+        owner = None
+        for secret, secret_digest in self._secrets.get(credentials.key, ()):
+            if hmac.compare_digest(signature(secret, message), credentials.signature):
+                owner = secret_digest
+        if owner is None:
             shown = message.decode("latin-1").replace("\\", "\\\\").replace("\n", "\\n")
             raise RunnerError(
                 "invalid_signature", "the signature does not match this request", details={"string_to_sign": shown}
             )
         self.check_time(credentials)
-        owner = (credentials.key or "").encode()
-        digest = blake2b(owner + b"\n" + credentials.nonce, digest_size=16).digest()
+        digest = blake2b(credentials.nonce, key=owner, digest_size=16).digest()
         self.nonces.take(digest, credentials.timestamp_ms + self._ttl_ms, self._now_ms)
         return digest
 
@@ -391,17 +414,18 @@ class _Admission:
         self._verifier.check_time(credentials)
         has_body, length = _announced_body(headers) if self._scope["type"] == "http" else (False, 0)
         announced = credentials.content_hash
-        if announced == STREAMING:
-            raise RunnerError("signed_chunks_unsupported", "signed-chunk uploads are not served yet")
         limit = self._limits.max_body if announced is None else self._limits.max_upload
         if length > limit:
             raise _too_large(limit)
         if announced is not None:
             self._nonce = self._verifier.verify(credentials, method, self._target, announced)
+            if announced == STREAMING:
+                raise RunnerError("signed_chunks_unsupported", "signed-chunk uploads are not served yet")
         if not has_body:
             actual = EMPTY_BODY_HASH
         else:
-            actual = await self._gather(limit, unverified=announced is None)
+            deadline_s = self._verifier.seconds_left(credentials) if announced is None else None
+            actual = await self._gather(limit, deadline_s)
         if announced is None:
             self._nonce = self._verifier.verify(credentials, method, self._target, actual.encode())
             self._budget.give(self._reserved)
@@ -410,10 +434,13 @@ class _Admission:
             raise RunnerError("body_hash_mismatch", "the body is not the one that X-DR-Content-SHA256 announced")
         return credentials.key
 
-    async def _gather(self, limit: int, *, unverified: bool) -> str:
+    async def _gather(self, limit: int, deadline_s: float | None) -> str:
+        """Read the body; `deadline_s` bounds the whole of one that is still unverified. Returns its BODYHASH."""
         self._body = body = Body()
+        now = asyncio.get_running_loop().time
+        end = now() + deadline_s if deadline_s is not None else float("inf")
         try:
-            async with asyncio.timeout(self._limits.body_timeout_s) as patience:
+            async with asyncio.timeout_at(min(end, now() + self._limits.body_timeout_s)) as patience:
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
@@ -421,18 +448,20 @@ class _Admission:
                     chunk: bytes = message["body"]
                     if body.size + len(chunk) > limit:
                         raise _too_large(limit)
-                    if unverified:
+                    if deadline_s is not None:
                         self._budget.take(len(chunk))
                         self._reserved += len(chunk)
                     await body.write(chunk)
                     if not message["more_body"]:
                         return await body.finish()
-                    patience.reschedule(asyncio.get_running_loop().time() + self._limits.body_timeout_s)
+                    patience.reschedule(min(end, now() + self._limits.body_timeout_s))
         except TimeoutError:
-            raise RunnerError("request_timeout", "the body stopped arriving") from None
+            raise RunnerError("request_timeout", "the body stopped arriving, or outlived its signature") from None
         except asyncio.CancelledError:
             # The caller left before its body was complete, nothing was forwarded: it may come again as it was.
             self._release()
+            if not self._connection.disconnected:
+                raise RunnerError("shutting_down", "the runner is ending and takes no new requests") from None
             raise
 
     def refused(self, error: RunnerError) -> None:
@@ -465,8 +494,9 @@ def _announced_body(headers: Headers) -> tuple[bool, int]:
     has_body, length = False, 0
     for name, value in headers:
         if name == b"content-length":
-            # The server's parser has checked it: digits only.
-            length = int(value)
+            # The server's parser has checked that it is digits and fits 64 bits, but not how many zeros lead.
+            digits = value.lstrip(b"0")
+            length = int(digits or b"0") if len(digits) < 20 else 1 << 64
             has_body = length > 0
         elif name == b"transfer-encoding":
             return True, 0

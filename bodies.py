@@ -9,11 +9,14 @@ import asyncio
 import hashlib
 import tempfile
 from base64 import b64encode
-from collections.abc import AsyncIterator
-from typing import IO
+from collections.abc import AsyncIterator, Callable
+from typing import IO, TypeVar, cast
 
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 IN_MEMORY = 1024 * 1024
 """Bytes of one body that are kept in memory; also the size of the pieces a spooled body is written and read in."""
@@ -44,13 +47,14 @@ class Budget:
 class Body:
     """A request body: `write` while it arrives, then `data` or `chunks`, then `close`."""
 
-    __slots__ = ("_file", "_hash", "_memory", "size")
+    __slots__ = ("_file", "_hash", "_memory", "_work", "size")
 
     def __init__(self) -> None:
         self.size = 0
         self._memory = bytearray()
         self._hash: hashlib._Hash | None = None
         self._file: IO[bytes] | None = None
+        self._work: asyncio.Future[object] | None = None
 
     async def write(self, chunk: bytes) -> None:
         """Append a chunk.
@@ -62,14 +66,14 @@ class Body:
         self._memory += chunk
         if len(self._memory) > IN_MEMORY:
             full, self._memory = self._memory, bytearray()
-            await self._in_thread(full)
+            await self._keep(full)
 
     async def finish(self) -> str:
         """The body is complete: return its BODYHASH."""
         if self._file is None:
             return b64encode(hashlib.sha256(self._memory).digest()).decode() if self.size else EMPTY_BODY_HASH
         rest, self._memory = self._memory, bytearray()
-        await self._in_thread(rest)
+        await self._keep(rest)
         assert self._hash is not None
         return b64encode(self._hash.digest()).decode()
 
@@ -83,20 +87,32 @@ class Body:
         if self._file is None:
             yield bytes(self._memory)
             return
-        await asyncio.to_thread(self._file.seek, 0)
-        while piece := await asyncio.to_thread(self._file.read, IN_MEMORY):
+        await self._in_thread(self._file.seek, 0)
+        while piece := await self._in_thread(self._file.read, IN_MEMORY):
             yield piece
 
     def close(self) -> None:
         """Free the memory and the temporary file."""
         self._memory = bytearray()
+        if self._work is not None and not self._work.done():
+            # A thread still uses the file. Closed under its hands, its descriptor's number could already be a socket.
+            self._work.add_done_callback(lambda _: self._close_file())
+        else:
+            self._close_file()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    async def _in_thread(self, piece: bytearray) -> None:
+    async def _in_thread(self, function: Callable[[A], R], argument: A) -> R:
+        work = asyncio.ensure_future(asyncio.to_thread(function, argument))
+        self._work = cast("asyncio.Future[object]", work)
+        return await asyncio.shield(work)
+
+    async def _keep(self, piece: bytearray) -> None:
         try:
-            await asyncio.to_thread(self._spool, piece)
+            await self._in_thread(self._spool, piece)
         except OSError as error:
             raise RunnerError("spool_failed", f"the body could not be kept on disk: {error.strerror}") from error
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shlex
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from auth import Keyring
 from client import __version__
 from client import sign as signed_headers
 from curl import UsageError, signed_arguments
@@ -38,17 +40,20 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
     Raises:
         SettingsError: a variable is missing or wrong.
     """
-    from server import create_server  # Late: the other commands start without it.
+    from server import create_server, listen  # Late: the other commands start without it.
 
     settings = read_settings(environ)
     level = _LEVELS[settings.log_level]
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for chatty in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
-    if any(len(secret) < SHORTEST_SECRET for _, secret in settings.keyring.secrets):
-        log.warning(
-            "a shared secret is shorter than %d characters: make one with `openssl rand -hex 32`", SHORTEST_SECRET
-        )
+    try:
+        sockets = listen(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        reason = error.strerror or str(error)
+        raise SettingsError(f"DOCKER_RUNNER_HOST, DOCKER_RUNNER_PORT: cannot listen on {where}: {reason}") from error
+    _warn_of_short_secrets(settings.keyring)
     _allow_many_files()
     app = create_app(settings)
 
@@ -59,23 +64,35 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
             log.error("kept the old secrets: %s", error)
         else:
             log.info("read the secrets again: %d accepted", len(app.verifier.keyring.secrets))
+            _warn_of_short_secrets(app.verifier.keyring)
 
-    def started(address: str) -> None:
-        log.info("docker-runner %s listens on http://%s, engine at %s", __version__, address, settings.engine_socket)
+    def started() -> None:
+        for sock in sockets:
+            host, port = sock.getsockname()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            log.info(
+                "docker-runner %s listens on http://%s, engine at %s", __version__, address, settings.engine_socket
+            )
 
     server = create_server(
         app,
-        host=settings.host,
-        port=settings.port,
         head_timeout_s=settings.head_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         grace_s=settings.grace_s,
+        max_connections=settings.max_connections,
         trusted_proxies=settings.trusted_proxies,
         on_reload=reload,
         on_started=started,
     )
-    server.run()
+    server.run(sockets)
     return 0
+
+
+def _warn_of_short_secrets(keyring: Keyring) -> None:
+    if any(len(secret) < SHORTEST_SECRET for _, secret in keyring.secrets):
+        log.warning(
+            "a shared secret is shorter than %d characters: make one with `openssl rand -hex 32`", SHORTEST_SECRET
+        )
 
 
 def _allow_many_files() -> None:
@@ -171,6 +188,8 @@ def sign(
         SettingsError: there is no secret.
     """
     method = method.upper()
+    if not method.isalpha() or not method.isascii():
+        raise UsageError(f"not a method: {method!r}")
     if not target.startswith("/"):
         raise UsageError(f"the path must begin with a slash: {target!r}")
     if form == "openssl":
@@ -193,8 +212,14 @@ def sign(
 def _openssl_recipe(
     method: str, target: str, data: str | None, data_file: str | None, environ: Mapping[str, str]
 ) -> str:
+    name, _ = read_keyring(environ).secrets[0]
     file = environ.get("DOCKER_RUNNER_SHARED_SECRET_FILE")
-    secret = f"$(head -n 1 {shlex.quote(file)})" if file else "$DOCKER_RUNNER_SHARED_SECRET"
+    # The first line that holds something, without the blanks around it and without the key's name.
+    first = (
+        r"/[^[:space:]]/{s/^[[:space:]]*//;s/[[:space:]]*$//;" + (f"s/^{re.escape(name)}://;" if name else "") + "p;q}"
+    )
+    secret = f"$(sed -n {shlex.quote(first)} {shlex.quote(file)})" if file else "$DOCKER_RUNNER_SHARED_SECRET"
+    named = f" -H 'X-DR-Key: {name}'" if name else ""
     if data_file:
         hashed, sent = (
             f"openssl dgst -sha256 -binary {shlex.quote(data_file)}",
@@ -206,13 +231,14 @@ def _openssl_recipe(
     typed = " -H 'Content-Type: application/json'" if data else ""
     url = _url(environ)
     return f"""\
+# The secret shows in the process list while openssl runs.
 secret={secret}
 timestamp=$(date +%s%3N)
 nonce=$(openssl rand -hex 16)
 body_hash=$({hashed} | openssl base64 -A)
 signature=$(printf '%s\\n%s\\n%s\\n%s\\n%s' {method} {shlex.quote(target)} "$timestamp" "$nonce" "$body_hash" |
   openssl dgst -sha256 -hmac "$secret" -binary | openssl base64 -A)
-curl -g --path-as-is -X {method}{typed}{sent} -H "X-DR-Timestamp: $timestamp" -H "X-DR-Nonce: $nonce" \\
+curl -g --path-as-is -X {method}{typed}{sent}{named} -H "X-DR-Timestamp: $timestamp" -H "X-DR-Nonce: $nonce" \\
   -H "X-DR-Signature: $signature" {shlex.quote(url + target)}"""
 
 

@@ -27,6 +27,7 @@ _UNSIGNABLE = {
     "--url-query": "write the query into the path",
     "--request-target": "write the target as the path",
     "--location": "a signature holds for one target",
+    "--location-trusted": "a signature holds for one target",
 }
 _BODY_OPTIONS = ("--data", "--data-ascii", "--data-raw", "--data-binary", "--json")
 
@@ -72,23 +73,19 @@ def signed_arguments(arguments: list[str], base_url: str, secret: str, key: str 
             upload = value
             continue
         if option == "--request":
-            method = value
+            method = value = (value or "").upper()
         elif option == "--head":
             head = True
         elif option == "--header":
-            has_type |= (value or "").lower().startswith("content-type:")
+            has_type |= (value or "").lower().startswith(("content-type:", "@"))
         passed += [option] if value is None else [option, value]
     if url is None:
         raise UsageError("no URL: give a path such as /version")
-    if url.startswith("/"):
-        url = base_url + url
-    url = (url if "://" in url else f"http://{url}").partition("#")[0]
-    parts = urlsplit(url)
-    target = url.split("://", 1)[1][len(parts.netloc) :] or "/"
-    if target.startswith("?"):
-        target = "/" + target
+    url, target = _located(url, base_url)
     passed += ["--path-as-is", "--globoff"]
     content_hash = None
+    if upload is not None and (has_body or target.partition("?")[0].endswith("/")):
+        raise UsageError("curl's --upload-file goes without another body, and to a path that does not end in a slash")
     if upload is not None:
         content_hash, source = _hash_file(upload)
         passed += ["--upload-file", source]
@@ -102,7 +99,22 @@ def signed_arguments(arguments: list[str], base_url: str, secret: str, key: str 
     headers = sign(secret, method or default, target, bytes(body), key=key, content_hash=content_hash)
     for name, value in headers.items():
         passed += ["-H", f"{name}: {value}"]
-    return [*passed, url]
+    # -q: options in a .curlrc could not be seen here.
+    return ["-q", *passed, url]
+
+
+def _located(url: str, base_url: str) -> tuple[str, str]:
+    """The URL as curl gets it, and its target; one that leads elsewhere must not get a signature to take along."""
+    if url.startswith("/"):
+        url = base_url + url
+    elif "://" not in url:
+        url = f"{urlsplit(base_url).scheme}://{url}"
+    url = url.partition("#")[0]
+    parts, base = urlsplit(url), urlsplit(base_url)
+    if (parts.scheme, parts.netloc) != (base.scheme, base.netloc):
+        raise UsageError(f"{url} is not at {base_url}; name the runner in DOCKER_RUNNER_URL")
+    target = url.split("://", 1)[1][len(parts.netloc) :] or "/"
+    return url, "/" + target if target.startswith("?") else target
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
@@ -138,7 +150,7 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 
 def _completed(word: str, long_names: dict[str, str]) -> str:
     """curl takes any beginning of a long option's name that fits one option only."""
-    if word.startswith("--no-"):
+    if word.startswith("--no-") and "--" + word.removeprefix("--no-") in long_names.values():
         return word
     fits = {name for name in long_names.values() if name.startswith(word)}
     if len(fits) != 1:

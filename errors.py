@@ -29,7 +29,10 @@ CODES: Mapping[str, Code] = {
     "request_timeout": Code(408, False, "The head or the body of the request did not arrive in time."),
     "body_too_large": Code(413, False, "The body is longer than `DOCKER_RUNNER_MAX_BODY` or `..._MAX_UPLOAD`."),
     "target_too_long": Code(414, False, "The request target is longer than 65,535 bytes."),
-    "headers_too_large": Code(431, False, "The head of the request is over its limit of bytes or of fields."),
+    "headers_too_large": Code(
+        431, False, "The head of the request, or its trailers, are over the limit of bytes or of fields."
+    ),
+    "too_many_connections": Code(503, True, "As many callers as `DOCKER_RUNNER_MAX_CONNECTIONS` are connected."),
     # Verification.
     "missing_headers": Code(401, False, "`X-DR-Timestamp`, `X-DR-Nonce` or `X-DR-Signature` is missing or empty."),
     "duplicate_headers": Code(401, False, "An `X-DR-*` header, `Content-Length` or `Host` stands more than once."),

@@ -180,7 +180,7 @@ def _find(method: str, path: str) -> Operation | None:
     if len(segments) < 2:
         return None
     head, last = segments[0], segments[-1]
-    if len(segments) > 2:
+    if len(segments) > 2 and last:
         operation = _WITH_PARAMETER.get((method, head, last))
         if operation is not None and len(segments) - 2 <= operation.max_segments:
             _check_name(segments[1:-1], operation)

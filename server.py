@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import signal
 import socket
 import struct
@@ -25,21 +26,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 from urllib.parse import unquote
 
-# Before uvicorn imports websockets: a signed upgrade's target may be 65,535 bytes long, the library stops at 8 KiB.
-os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", str(128 * 1024))
+# Before uvicorn imports websockets, which stops at 8 KiB a line, and then hangs. No line is as long as a whole head.
+os.environ["WEBSOCKETS_MAX_LINE_LENGTH"] = str(2 * 65_536)  # MAX_HEAD
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from errors import RunnerError
 
 MAX_TARGET = 65_535
 """Security limit: bytes of a request target."""
-MAX_HEAD = 256 * 1024
+MAX_HEAD = 2 * 65_536
 """Security limit: bytes of a request's head, target included (`X-Registry-Config` may be long)."""
+MAX_FRAMING = 65_536
+"""Security limit: bytes between two pieces of a body, and after the last: chunk extensions, trailers."""
+
 MAX_FIELDS = 100
 """Security limit: header fields of a request."""
 MAX_WEBSOCKET_MESSAGE = 48 * 1024 * 1024
@@ -48,9 +53,12 @@ LINGER_BYTES = 1024 * 1024
 """Bytes of an unwanted body that are read and dropped, so that the caller gets to read the answer."""
 LINGER_S = 1.0
 """Seconds for that."""
+BACKLOG = 2048
+"""Connections that wait to be accepted; a burst past it costs its callers a second."""
 LAST_WORDS_S = 2.0
 """Seconds for what is still running after the grace time to say so in-band."""
 _ONE_WRITE = 16 * 1024
+_WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 
 Callback = Callable[[], object]
 
@@ -116,6 +124,15 @@ class Cycle(_Caller, RequestResponseCycle):
             self.disconnected = True
             self.message_event.set()
             super().leave()
+
+    async def run_asgi(self, app: Any) -> None:
+        """uvicorn: serve the request. The application answers its own errors; what is left unfinished is cut off."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        finally:
+            if not self.response_complete and not self.disconnected:
+                self.abort()
+            self.on_response = lambda: None
 
     async def send(self, message: Any) -> None:
         """ASGI. The head waits for the first piece of the body, but never longer than to the loop's next turn."""
@@ -211,7 +228,19 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
     async def run_asgi(self) -> None:
         """uvicorn: serve the application."""
         cast(dict[str, Any], self.scope)["docker_runner"] = self
-        await super().run_asgi()
+        try:
+            await self.app(self.scope, self.receive, self.send)
+        except ClientDisconnected:
+            pass
+        finally:
+            if self.close_timer is None:
+                self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol. The first data is the whole head, from the parser of the upgrade."""
+        super().data_received(data)
+        if not self.handshake_initiated:
+            self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol."""
@@ -232,13 +261,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     Args:
         head_timeout_s: for a request's head, from its first byte.
+        max_connections: of all callers together; one more is refused.
         uvicorns: what uvicorn gives its protocols.
     """
 
     cycle: Cycle
 
-    def __init__(self, head_timeout_s: float, **uvicorns: Any) -> None:
+    def __init__(self, head_timeout_s: float, max_connections: int, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
+        self._max_connections = max_connections
         self.parser = httptools.HttpRequestParser(self)  # Without the leniencies that uvicorn sets.
         self._head_timeout_s = head_timeout_s
         self._head_timer: TimerHandle | None = None
@@ -246,11 +277,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_size = 0
         self._violation: RunnerError | None = None
         self._linger_left: int | None = None
+        self._body_came = False
+        self._framing = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol."""
         super().connection_made(cast(asyncio.Transport, transport))
-        self._await_request()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        if len(self.connections) > self._max_connections:
+            self._refuse(RunnerError("too_many_connections", "too many connections are open; try again soon"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol."""
@@ -271,11 +306,12 @@ class HttpProtocol(HttpToolsProtocol):
             if data.strip(b"\r\n"):
                 self._refuse(RunnerError("pipelining_refused", "more bytes came before the answer was complete"))
             return
-        self._unset_keepalive_if_required()
+        self._body_came = False
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._upgrade(data[upgrade.args[0] :])
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._refuse(self._violation or RunnerError("bad_request", "not a well-formed HTTP/1.1 request"))
             return
@@ -285,11 +321,18 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse(RunnerError("headers_too_large", f"the head is longer than {MAX_HEAD} bytes"))
             elif self._head_timer is None:
                 self._head_timer = self.loop.call_later(self._head_timeout_s, self._head_timed_out)
+        elif not self._body_came and self.cycle is not None and self.cycle.more_body:
+            self._framing += len(data)
+            if self._framing > MAX_FRAMING:
+                self._refuse(RunnerError("headers_too_large", "the chunk extensions or trailers are too long"))
+        else:
+            self._framing = 0
 
     def on_message_begin(self) -> None:
         """httptools."""
         if self.cycle is not None and not self.cycle.response_complete:
             raise self._violates("pipelining_refused", "a second request came before the answer to the first")
+        self._unset_keepalive_if_required()  # Not before: line breaks alone are no request.
         super().on_message_begin()
         self._in_head = True
         self._head_size = 0
@@ -301,7 +344,9 @@ class HttpProtocol(HttpToolsProtocol):
             raise self._violates("target_too_long", f"the request target is longer than {MAX_TARGET} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """httptools."""
+        """httptools. Trailers come here too; they are read and dropped."""
+        if not self._in_head:
+            return
         super().on_header(name, value)
         if len(self.headers) > MAX_FIELDS:
             raise self._violates("headers_too_large", f"more than {MAX_FIELDS} header fields")
@@ -338,6 +383,16 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self._start_asgi_task(self.cycle, self.app)
 
+    def on_body(self, body: bytes) -> None:
+        """httptools."""
+        self._body_came = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """httptools. It comes too early where an upgrade is asked for: the parser takes no body for the request's."""
+        if not (self.parser.should_upgrade() and self._body_fields()):
+            super().on_message_complete()
+
     def on_response_complete(self) -> None:
         """The answer is complete: wait for the next request, or (when lingering) for nothing more."""
         if self._linger_left is None:
@@ -351,26 +406,36 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _should_upgrade(self) -> bool:
         """A WebSocket upgrade is a GET with what RFC 6455 asks for; any other is served as if it asked for none."""
+        if self.scope["method"] != "GET" or self._get_upgrade() != b"websocket":
+            return False
+        wanted = [value for name, value in self.headers if name in (b"sec-websocket-version", b"sec-websocket-key")]
         names = {name for name, _ in self.headers}
         return (
-            self.scope["method"] == "GET"
-            and self._get_upgrade() == b"websocket"
-            and (b"sec-websocket-version", b"13") in self.headers
-            and b"sec-websocket-key" in names
+            len(wanted) == 2
+            and b"13" in wanted
+            and any(_WEBSOCKET_KEY.fullmatch(value) for value in wanted)
             and not names & {b"content-length", b"transfer-encoding"}
         )
 
     def _upgrade(self, rest: bytes) -> None:
+        """The parser has stopped at a head that asks for an upgrade; `rest` came after it."""
         if self._should_upgrade():
             self.ws_protocol_class = cast(Any, functools.partial(WebSocket, self.url))
             self.handle_websocket_upgrade()
+            return
+        self.cycle.keep_alive = False
+        if fields := self._body_fields():
+            self.parser = httptools.HttpRequestParser(_BodyEvents(self))
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(b"%b: %b\r\n" % field for field in fields))
+            if rest:
+                self.parser.feed_data(rest)
         elif rest.strip(b"\r\n"):
-            self._refuse(RunnerError("pipelining_refused", "more bytes came before the answer was complete"))
-        else:
-            self.cycle.keep_alive = False
+            raise self._violates("pipelining_refused", "more bytes came before the answer was complete")
 
-    def _await_request(self) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+    def _body_fields(self) -> list[tuple[bytes, bytes]]:
+        """The header fields that announce a body."""
+        names = (b"content-length", b"transfer-encoding")
+        return [(name, value) for name, value in self.headers if name in names and value != b"0"]
 
     def _head_timed_out(self) -> None:
         self._refuse(RunnerError("request_timeout", "the head of the request did not arrive in time"))
@@ -380,9 +445,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _violates(self, code: str, message: str) -> RunnerError:
+    def _violates(self, code: str, message: str) -> httptools.HttpParserError:
+        """What a parser's callback raises to refuse the request with this error."""
         self._violation = RunnerError(code, message)
-        return self._violation
+        return httptools.HttpParserError(message)
 
     def _refuse(self, error: RunnerError) -> None:
         """End the connection because of what came on it, telling why if nothing of another answer was given."""
@@ -406,6 +472,22 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(LINGER_S, self.transport.close)
 
 
+class _BodyEvents:
+    """What a second parser tells of a body whose head the first has read: httptools stops at every `Upgrade`."""
+
+    def __init__(self, protocol: HttpProtocol) -> None:
+        self._protocol = protocol
+        self._begun = False
+        self.on_body = protocol.on_body
+        self.on_message_complete = protocol.on_message_complete
+
+    def on_message_begin(self) -> None:
+        """httptools. The first message is the stand-in for the head that was read."""
+        if self._begun:
+            raise self._protocol._violates("pipelining_refused", "a second request came before the answer to the first")
+        self._begun = True
+
+
 class Server(uvicorn.Server):
     """uvicorn's server with a shutdown that lets the application end what it began.
 
@@ -413,16 +495,14 @@ class Server(uvicorn.Server):
         config: of uvicorn.
         grace_s: how long running requests may go on after SIGTERM or SIGINT.
         on_reload: called on SIGHUP.
-        on_started: called with the listening address, once it is.
+        on_started: called once requests are served.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, *, grace_s: float, on_reload: Callback, on_started: Callable[[str], object]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, *, grace_s: float, on_reload: Callback, on_started: Callback) -> None:
         super().__init__(config)
+        self._on_started = on_started
         self._grace_s = grace_s
         self._on_reload = on_reload
-        self._on_started = on_started
         self._hurry = asyncio.Event()
 
     @contextlib.contextmanager
@@ -437,14 +517,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take the signals, and listen."""
+        """Take the signals, and serve."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self._on_reload)
         loop.add_signal_handler(signal.SIGTERM, self.stop)
         loop.add_signal_handler(signal.SIGINT, self.stop)
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        self._on_started(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new requests, give the running ones their time, then have them end in-band, then close."""
@@ -469,25 +548,35 @@ class Server(uvicorn.Server):
         hurry.cancel()
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address that `host` names.
+
+    Raises:
+        OSError: the name is not known, or an address cannot be listened on.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [
+        socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        for family, *_, address in dict.fromkeys(found)
+    ]
+
+
 def create_server(
     app: ASGIApp,
     *,
-    host: str,
-    port: int,
     head_timeout_s: float,
     keep_alive_s: float,
     grace_s: float,
+    max_connections: int,
     trusted_proxies: tuple[str, ...],
     on_reload: Callback,
-    on_started: Callable[[str], object],
+    on_started: Callback,
 ) -> Server:
-    """A server of `app` on an address; `run` serves until SIGTERM. Times in seconds."""
+    """A server of `app`; `run(sockets)` serves until SIGTERM. Times in seconds."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         loop="uvloop",
-        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s)),
+        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s, max_connections)),
         ws=WebSocket,
         ws_max_size=MAX_WEBSOCKET_MESSAGE,
         ws_ping_interval=None,
@@ -499,6 +588,7 @@ def create_server(
         forwarded_allow_ips=list(trusted_proxies),
         server_header=False,
         date_header=False,
+        backlog=BACKLOG,
         timeout_keep_alive=cast(int, keep_alive_s),
     )
     return Server(config, grace_s=grace_s, on_reload=on_reload, on_started=on_started)

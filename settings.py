@@ -3,6 +3,7 @@
 A wrong value is an error that names its variable; nothing falls back silently.
 """
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: float
     head_timeout_s: float
     keep_alive_s: float
+    max_connections: int
     grace_s: float
     engine_connections: int
     engine_queue_s: float
@@ -82,7 +84,10 @@ def _prefix(text: str) -> str:
 
 
 def _addresses(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    for part in parts:
+        ipaddress.ip_network(part, strict=False)
+    return parts
 
 
 VARIABLES: Mapping[str, Variable] = {
@@ -112,6 +117,9 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "DOCKER_RUNNER_KEEP_ALIVE_MS": Variable(
         "75000", _seconds(100, 3_600_000), "keep_alive_s", "How long an idle connection is kept, in ms."
+    ),
+    "DOCKER_RUNNER_MAX_CONNECTIONS": Variable(
+        "4096", _integer(1, 1_000_000), "max_connections", "Connections of callers at once; one more gets 503."
     ),
     "DOCKER_RUNNER_GRACE_MS": Variable(
         "10000", _seconds(0, 3_600_000), "grace_s", "Time for running requests after SIGTERM, in ms."

@@ -23,7 +23,7 @@ _JSON = "application/json"
 
 
 class Readiness:
-    """Whether the engine answers, asked at most once in `READY_MAX_AGE_S`, by one asker at a time.
+    """Whether the engine answers, asked at most once in `READY_MAX_AGE_S`, whoever wants to know and leaves meanwhile.
 
     Args:
         engine: who is asked.
@@ -33,9 +33,8 @@ class Readiness:
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
         self._engine = engine
         self._clock = clock
-        self._asked = asyncio.Lock()
-        self._at: float | None = None
-        self._ready = False
+        self._asked_at = float("-inf")
+        self._answer: asyncio.Task[bool] | None = None
 
     async def check(self) -> None:
         """Return if the engine is ready.
@@ -43,17 +42,20 @@ class Readiness:
         Raises:
             RunnerError: `docker_unavailable`, without the reason: strangers may ask.
         """
-        async with self._asked:
-            if self._at is None or self._clock() - self._at >= READY_MAX_AGE_S:
-                try:
-                    await self._engine.ping(READY_LIMIT_S)
-                except RunnerError:
-                    self._ready = False
-                else:
-                    self._ready = True
-                self._at = self._clock()
-        if not self._ready:
+        answer = self._answer
+        if answer is None or (answer.done() and self._clock() - self._asked_at >= READY_MAX_AGE_S):
+            self._asked_at = self._clock()
+            answer = self._answer = asyncio.create_task(self._ping())
+        # Shielded: a caller that leaves must not cancel it, or the next one would ask again.
+        if not await asyncio.shield(answer):
             raise RunnerError("docker_unavailable", "the engine does not answer")
+
+    async def _ping(self) -> bool:
+        try:
+            await self._engine.ping(READY_LIMIT_S)
+        except RunnerError:
+            return False
+        return True
 
 
 def create_runner_face(engine: Engine, clock: Callable[[], float]) -> Starlette:

@@ -29,7 +29,8 @@ from dev.engine import Engine, find_engine
 from dev.private_engine import PrivateEngine
 from service import Runner
 
-IMAGE = "docker-runner-test/busybox:latest"
+IMAGE = f"docker-runner-test-{secrets.token_hex(4)}/busybox:latest"
+"""Of this session alone: it is removed at its end, and another may share the engine."""
 LABEL = "docker-runner.test"
 
 

@@ -4,13 +4,17 @@ A script is a function that is run for every connection, in a thread of its own,
 sends the bytes it wants cut as it wants, waits for an event of the test, closes, or goes away without a word. When it
 returns, the connection is closed as the kernel closes it: with a reset if bytes are left unread, else without.
 
-    with ScriptedEngine(folder, lambda peer: peer.answer(OK)) as engine: ...
+    with ScriptedEngine(lambda peer: peer.answer(OK)) as engine: ...
 """
 
 import contextlib
+import fcntl
 import re
+import select
 import socket
+import struct
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,14 +44,18 @@ class Peer:
         self._unparsed = b""
 
     def read_head(self) -> bytes:
-        """One request's head, byte by byte so that nothing after it is read; empty if the caller closed instead."""
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            byte = self.sock.recv(1)
-            if not byte:
+        """One request's head, and nothing after it; empty if the caller closed instead."""
+        return self._read_through(b"\r\n\r\n")
+
+    def _read_through(self, mark: bytes) -> bytes:
+        data = b""
+        while not data.endswith(mark):
+            seen = self.sock.recv(1 << 16, socket.MSG_PEEK)
+            if not seen:
                 return b""
-            head += byte
-        return head
+            end = (data + seen).find(mark)
+            data += self.sock.recv(len(seen) if end < 0 else end + len(mark) - len(data))
+        return data
 
     def read_request(self) -> bytes:
         """One whole request, recorded in `engine.requests`; empty if the caller closed instead."""
@@ -58,8 +66,9 @@ class Peer:
         if length := re.search(rb"(?i)\r\ncontent-length: *(\d+)", head):
             body = self.read_exactly(int(length[1]))
         elif re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
-            while not (body == b"0\r\n\r\n" or body.endswith(b"\r\n0\r\n\r\n")):
-                body += self.read_exactly(1)
+            while not body.endswith(b"\r\n0\r\n\r\n") and body != b"0\r\n\r\n":
+                size = self._read_through(b"\r\n")
+                body += size + self.read_exactly(int(size or b"0", 16) + 2)
         with self.engine.changed:
             self.engine.requests.append(head + body)
             self.engine.changed.notify_all()
@@ -97,6 +106,13 @@ class Peer:
         with contextlib.suppress(ConnectionError):
             while self.sock.recv(1 << 16):
                 pass
+
+    def wait_hangup(self) -> None:
+        """As `wait_closed`, without reading anything."""
+        poll = select.poll()
+        poll.register(self.sock, 0)  # A hang-up is always told.
+        if not poll.poll(PATIENCE_S * 1000):
+            raise TimeoutError("the caller did not close")
 
     def sees_close(self) -> bool:
         """As `wait_closed`, told to `engine.closed`."""
@@ -157,10 +173,18 @@ class ScriptedEngine:
             self._listener.close()
             self._listener = None
             Path(self.path).unlink()
-        for sock in self._peers:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        self.wait(lambda: self.open == 0, "the connections to end")
+        self.wait(self._shut_down, "the connections to end")
+
+    def restart(self, script: Script) -> None:
+        """Begin anew with another script, nothing recorded, every connection closed."""
+        self.go.set()
+        self.stop()
+        self.go = threading.Event()
+        self.closed = threading.Event()
+        self.script = script
+        self.requests = []
+        self.connections = 0
+        self.listen()
 
     def wait(self, condition: Callable[[], bool], what: str = "a condition") -> None:
         """Wait until something has come true."""
@@ -174,6 +198,12 @@ class ScriptedEngine:
     def targets(self) -> list[bytes]:
         """The targets of the requests that were read."""
         return [request.split(b" ", 2)[1] for request in self.requests]
+
+    def _shut_down(self) -> bool:
+        for sock in self._peers:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        return self.open == 0
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -219,10 +249,6 @@ class ScriptedEngine:
 
 
 def _unread_by_peer(sock: socket.socket) -> int:
-    import fcntl
-    import struct
-    import termios
-
     found: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
     return found
 
@@ -230,13 +256,12 @@ def _unread_by_peer(sock: socket.socket) -> int:
 @contextlib.contextmanager
 def listener_that_never_accepts() -> Iterator[str]:
     """A socket with a full backlog; yields its path."""
-    with ScriptedEngine(lambda peer: None, backlog=0, accepts=False) as engine:
-        with contextlib.ExitStack() as fillers:
-            while True:
-                filler = fillers.enter_context(socket.socket(socket.AF_UNIX))
-                filler.setblocking(False)
-                try:
-                    filler.connect(engine.path)
-                except BlockingIOError:
-                    break
-            yield engine.path
+    with ScriptedEngine(lambda peer: None, backlog=0, accepts=False) as engine, contextlib.ExitStack() as fillers:
+        while True:
+            filler = fillers.enter_context(socket.socket(socket.AF_UNIX))
+            filler.setblocking(False)
+            try:
+                filler.connect(engine.path)
+            except BlockingIOError:
+                break
+        yield engine.path

@@ -1,6 +1,7 @@
 """Verification: each refusal, the nonce's whole life, and bodies. Over HTTP where callers are concerned."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import socket
@@ -8,8 +9,10 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from auth import Credentials, Keyring, NonceStore, Verifier, read_credentials
@@ -152,6 +155,21 @@ def test_a_released_nonce_taken_with_a_later_timestamp_is_held_to_the_later_end(
     store.take(b"digest", 90_000, 1_000)
     with pytest.raises(RunnerError, match="used before"):
         store.take(b"digest", 95_000, 89_000)
+
+
+def test_releases_and_retakes_with_changing_timestamps_grow_nothing() -> None:
+    store = NonceStore(10)
+    for number in range(1000):
+        store.take(b"digest", 10_000 + 50_000 * (number % 2), 0)
+        store.release(b"digest")
+    assert sum(len(digests) for digests in store._by_end.values()) <= 2
+
+
+def test_a_leap_of_the_clock_is_no_long_loop() -> None:
+    store = NonceStore(10)
+    store.take(b"one", 10_000, 0)
+    store.take(b"two", 10**15, 10**15 - 10)  # 1970 to 33658, as a board without a battery may see it.
+    assert len(store) == 1
 
 
 def test_the_store_is_empty_when_everything_is_past() -> None:
@@ -328,6 +346,17 @@ def test_every_secret_of_the_ring_is_accepted_and_a_name_binds() -> None:
         assert refusal(who, credentials(clock.now_ms, "m", secret=secret, key=key)).code == "invalid_signature"
 
 
+def test_a_captured_request_does_not_pass_again_under_another_name() -> None:
+    # The name is not signed. Were one secret to stand under two, a request would be another's with a header changed.
+    with pytest.raises(ValueError, match="two names"):
+        Keyring.parse(f"{SECRET}\nci:{SECRET}")
+    clock = Clock()
+    who = verifier(clock, keyring=Keyring(((None, SECRET), ("ci", SECRET))))
+    given = credentials(clock.now_ms)
+    ask(who, given)
+    assert refusal(who, msgspec.structs.replace(given, key="ci")).code == "replayed_nonce"
+
+
 def test_the_same_nonce_under_two_names_is_two_nonces() -> None:
     clock = Clock()
     who = verifier(clock, keyring=Keyring.parse("a:secret-a\nb:secret-b"))
@@ -455,6 +484,32 @@ def wait_for_other_than(unwanted: str, runner: Runner, body: bytes, headers: dic
         answer = runner.request("POST", "/images/load", body, headers)
         if code(answer) != unwanted or time.monotonic() > deadline:
             return answer
+
+
+def test_a_body_that_trickles_in_does_not_outlive_its_signature(tmp_path: Path) -> None:
+    limits = {"DOCKER_RUNNER_SIGNATURE_TTL_MS": "1000", "DOCKER_RUNNER_BODY_TIMEOUT_MS": "800"}
+    with Runner(str(tmp_path / "no.sock"), limits) as brief, brief.connect(timeout=0.1) as sock:
+        sock.sendall(signed_head("POST", "/auth", b"", "Content-Length: 10000"))
+        answer = b""
+        until = time.monotonic() + 5
+        while not answer and time.monotonic() < until:
+            sock.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                answer = sock.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_content_length_of_many_zeros_is_no_defect(strict: Runner) -> None:
+    answer = strict.raw(signed_head("POST", "/images/load", b"", "Content-Length: " + "0" * 5000 + "9" * 19))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_trailers_are_not_headers(strict: Runner) -> None:
+    head = signed_head("POST", "/auth", b"x", "Transfer-Encoding: chunked", "Connection: close")
+    head = head.replace(b"Content-Length: 1\r\n", b"")
+    nonce = next(line for line in head.split(b"\r\n") if line.startswith(b"X-DR-Nonce"))
+    moved = head.replace(nonce + b"\r\n", b"") + b"1\r\nx\r\n0\r\n" + nonce + b"\r\n\r\n"
+    assert b"missing_headers" in strict.raw(moved)
 
 
 def test_a_body_that_stops_arriving_is_refused(strict: Runner) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 from comparison import JSON, TWIN, Both, Containers, Seen, asking, compares, twin_names
+
 from conftest import EngineDirect, Names
 from service import Runner
 
@@ -335,7 +336,9 @@ class TestFiles:
         assert both.same("PUT", f"/containers/{created}/archive?{query}", body).status >= 400
 
     @compares("PutContainerArchive")
-    def test_an_upload_into_a_read_only_container_relays_the_engines_error(self, both: Both, containers: Containers) -> None:
+    def test_an_upload_into_a_read_only_container_relays_the_engines_error(
+        self, both: Both, containers: Containers
+    ) -> None:
         name = containers(start=False, HostConfig={"NetworkMode": "none", "ReadonlyRootfs": True})
         assert both.same("PUT", f"/containers/{name}/archive?path=/", tar_of(a=b"b")).status in (403, 500)
 

@@ -9,10 +9,10 @@ from urllib.parse import urlencode
 
 import pytest
 from comparison import JSON, TWIN, Both, Containers, Seen, asking, compares, http_chunks, shape
-from conftest import EngineDirect, Names
-from service import Runner, signed_head
 
+from conftest import EngineDirect, Names
 from dev import wait_until
+from service import Runner, signed_head
 
 MISSING = "0123456789abcdef" * 4
 START = b'{"Detach":false,"Tty":false}'
@@ -142,7 +142,9 @@ class TestEvents:
 class TestExec:
     @compares("ContainerExec")
     def test_create_relays_201_with_the_new_id(self, both: Both, containers: Containers) -> None:
-        assert both.twins("POST", f"/containers/{TWIN}/exec", containers.pair(), b'{"Cmd":["true"]}', JSON).status == 201
+        assert (
+            both.twins("POST", f"/containers/{TWIN}/exec", containers.pair(), b'{"Cmd":["true"]}', JSON).status == 201
+        )
 
     @compares("ContainerExec")
     def test_create_refused_by_the_engine_relays_its_error(self, both: Both, running: str, spoken: str) -> None:
@@ -171,10 +173,12 @@ class TestExec:
         assert seen.body.endswith(b"err\r\n")
 
     @compares("ExecStart")
-    def test_start_detached_relays_200(self, both: Both, containers: Containers, running: str) -> None:
+    def test_start_detached_relays_200_and_a_second_start_the_refusal(
+        self, both: Both, containers: Containers, running: str
+    ) -> None:
         pair = (containers.exec(running, "sleep", "1d"), containers.exec(running, "sleep", "1d"))
         assert both.twins("POST", f"/exec/{TWIN}/start", pair, b'{"Detach":true}', JSON).status == 200
-        assert both.same("POST", f"/exec/{pair[1]}/start", START, JSON).status in (409, 500)
+        assert b"already running" in both.same("POST", f"/exec/{pair[1]}/start", START, JSON).body
 
     @compares("ExecStart")
     def test_start_of_a_missing_program_relays_what_the_engine_says(
@@ -308,10 +312,12 @@ def read_to_reset(sock: socket.socket) -> bytes:
     """What comes before the peer resets the connection; a quiet end would look like a complete answer."""
     sock.settimeout(20)
     parts = []
-    with pytest.raises(ConnectionResetError):
+    try:
         while part := sock.recv(65536):
             parts.append(part)
-    return b"".join(parts)
+    except ConnectionResetError:
+        return b"".join(parts)
+    raise AssertionError("the connection ended as if the answer were complete")
 
 
 def heard(direct: EngineDirect, runner: Runner, name: str) -> bytes:
