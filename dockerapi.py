@@ -37,6 +37,8 @@ MAX_HEAD = 512 * 1024
 """Security limit: bytes of an answer's head."""
 MAX_IDLE = 64
 """Connections kept open without a request."""
+MAX_WAITING = 4096
+"""Requests that wait for a connection; one more is refused at once."""
 ONE_WRITE = 64 * 1024
 """A body up to this many bytes leaves in one write with its head."""
 
@@ -652,6 +654,8 @@ class Engine:
 
     async def _queue(self) -> _Connection | None:
         """Wait for a freed connection, or (None) for a place that is now ours to open one in."""
+        if len(self._waiting) >= MAX_WAITING:
+            raise RunnerError("engine_busy", "too many requests wait for a connection to the engine; try again soon")
         turn: asyncio.Future[_Connection | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:

@@ -181,7 +181,7 @@ def http_chunks(runner: Runner, method: str, target: str, body: bytes = b"") -> 
 
 
 def in_any_order(seen: Seen) -> tuple[int, list[tuple[str, str]], list[bytes]]:
-    """A view of a JSON list that the engine orders by a time in seconds: its bytes, cut between the items and sorted."""
+    """A view of a JSON list that the engine orders by seconds: its bytes, cut between the items, sorted."""
     return seen.status, seen.headers, sorted(seen.body.strip(b"[]\n").split(b"},{"))
 
 
