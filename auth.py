@@ -470,7 +470,7 @@ class _Admission:
             self._release()
         path = self._target.partition(b"?")[0][:200].decode("latin-1")
         caller = self._scope["client"]
-        log.info("%s %r from %s: %s: %s", self._scope.get("method", "WS"), path, caller, error.code, error.message)
+        log.info("%s %r from %s: %s: %r", self._scope.get("method", "WS"), path, caller, error.code, error.message)
 
     def close(self) -> None:
         """Give back everything but the nonce."""

@@ -91,6 +91,10 @@ class Body:
         while piece := await self._in_thread(self._file.read, IN_MEMORY):
             yield piece
 
+    async def read(self) -> bytes:
+        """The whole body in memory."""
+        return self.data if self.data is not None else b"".join([piece async for piece in self.chunks()])
+
     def close(self) -> None:
         """Free the memory and the temporary file."""
         self._memory = bytearray()

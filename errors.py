@@ -15,7 +15,8 @@ import msgspec
 
 
 class Code(msgspec.Struct, frozen=True):
-    """One row of the table: the HTTP status, whether the same request may be repeated, and what it means."""
+    """One row of the table: the HTTP status (0: the engine's own), whether the same request may be repeated, and what
+    it means."""
 
     status: int
     retryable: bool
@@ -53,6 +54,43 @@ CODES: Mapping[str, Code] = {
     "not_found": Code(404, False, "No such route, or not among the curated operations."),
     "method_not_allowed": Code(405, False, "The path exists with other methods (see `Allow`)."),
     "upgrade_unsupported": Code(501, False, "The upgraded form of attach and exec is not served yet."),
+    # The runner face: the request.
+    "invalid_json": Code(400, False, "The body is not JSON."),
+    "validation_error": Code(400, False, "A field or query parameter is missing or wrong; the message names it."),
+    "unsupported_media_type": Code(415, False, "The body is of another media type than JSON."),
+    "upgrade_required": Code(426, False, "This route is a WebSocket."),
+    # The runner face: what the engine answered, by cause.
+    "no_such_container": Code(0, False, "The engine does not know the container."),
+    "no_such_exec": Code(0, False, "The engine does not know the exec."),
+    "no_such_image": Code(0, False, "Neither the engine nor the registry knows the image."),
+    "no_such_volume": Code(0, False, "The engine does not know the volume."),
+    "no_such_network": Code(0, False, "The engine does not know the network."),
+    "conflict": Code(0, False, "A name or a volume is in use, or the container's state forbids it."),
+    "container_stopped_paused": Code(0, False, "An exec in a container that is stopped or paused."),
+    "bad_parameter": Code(0, False, "The engine refuses a parameter."),
+    "server_error": Code(0, False, "The engine failed (retryable: an ensure, or a start that was cleaned up)."),
+    # The runner face: the fallbacks of its operations.
+    "image_ensure_failed": Code(502, True, "The pull failed in the midst of its progress."),
+    "start_failed": Code(502, True, "The container could not be started; it was removed again."),
+    "stop_failed": Code(502, False, "The container could not be stopped."),
+    "remove_failed": Code(502, False, "The container could not be removed."),
+    "inspect_failed": Code(502, False, "The container could not be inspected."),
+    "labels_failed": Code(502, False, "The container's labels could not be read."),
+    "networks_failed": Code(502, False, "The container's networks could not be read."),
+    "find_failed": Code(502, False, "The containers could not be searched."),
+    "list_volume_failed": Code(502, False, "The containers of a volume could not be listed."),
+    "volume_remove_failed": Code(502, False, "The volume could not be removed."),
+    "touch_failed": Code(502, False, "The container could not be marked as used."),
+    "put_archive_failed": Code(502, False, "The archive could not be unpacked in the container."),
+    "exec_failed": Code(502, False, "The command could not be run, or what became of it is not known."),
+    "exec_timeout": Code(504, False, "The command ran longer than `timeoutMs`; `details` holds its output so far."),
+    "exec_idle_timeout": Code(
+        504, False, "The command was silent for `idleTimeoutMs`; `details` holds its output so far."
+    ),
+    "output_too_large": Code(413, False, "The command's output passed `DOCKER_RUNNER_MAX_OUTPUT`."),
+    "resize_failed": Code(502, False, "The terminal could not be resized."),
+    "logs_failed": Code(502, False, "The log could not be read."),
+    "events_failed": Code(502, False, "The events could not be read."),
     # The engine.
     "docker_unavailable": Code(503, True, "`/v1/ready`: the engine does not answer a ping."),
     "engine_socket_missing": Code(
@@ -78,6 +116,7 @@ class RunnerError(Exception):
     Args:
         code: a key of `CODES`; gives the status and `retryable` unless overridden.
         message: one sentence for a person; never a secret or a body.
+        status: the engine's, where the table has 0, or where one code has several.
         retryable: overrides the table where one code has both cases.
         details: what a machine may want beside the message (`error.details`).
         headers: extra response headers, such as `Allow` or `Retry-After`.
@@ -88,6 +127,7 @@ class RunnerError(Exception):
         code: str,
         message: str,
         *,
+        status: int | None = None,
         retryable: bool | None = None,
         details: Mapping[str, str] | None = None,
         headers: tuple[tuple[bytes, bytes], ...] = (),
@@ -96,7 +136,7 @@ class RunnerError(Exception):
         row = CODES[code]
         self.code = code
         self.message = message
-        self.status = row.status
+        self.status = row.status if status is None else status
         self.retryable = row.retryable if retryable is None else retryable
         self.details = details
         self.headers = headers

@@ -19,7 +19,7 @@ from client import __version__
 from dockerapi import Engine
 from proxy import EngineFace
 from settings import Settings, SettingsError
-from workloads import create_runner_face
+from workloads import Options, create_runner_face
 
 
 class App:
@@ -45,7 +45,13 @@ class App:
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
         )
         self._engine_face = EngineFace(self.engine, head_s=settings.engine_head_s, event_buffer=settings.event_buffer)
-        self._runner_face = create_runner_face(self.engine, clock)
+        options = Options(
+            default_image=settings.default_image,
+            max_output=settings.max_output,
+            keep_alive_s=settings.sse_keep_alive_s,
+            event_buffer=settings.event_buffer,
+        )
+        self._runner_face = create_runner_face(self.engine, options, clock)
         limits = Limits(
             max_body=settings.max_body,
             max_upload=settings.max_upload,

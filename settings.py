@@ -45,6 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     engine_connect_s: float
     engine_head_s: float
     event_buffer: int
+    default_image: str
+    max_output: int
+    sse_keep_alive_s: float
     trusted_proxies: tuple[str, ...]
     path_prefix: str
 
@@ -141,6 +144,18 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "DOCKER_RUNNER_EVENT_BUFFER": Variable(
         str(4 * MIB), _integer(1024, 1 << 32), "event_buffer", "Bytes of events held for one slow reader."
+    ),
+    "DOCKER_RUNNER_DEFAULT_IMAGE": Variable(
+        "mcr.microsoft.com/vscode/devcontainers/base",
+        str,
+        "default_image",
+        "Image of a `/v1/containers/start` that names none.",
+    ),
+    "DOCKER_RUNNER_MAX_OUTPUT": Variable(
+        str(64 * MIB), _integer(1024, 1 << 32), "max_output", "Longest output of a `/v1/exec/run`, in bytes."
+    ),
+    "DOCKER_RUNNER_SSE_KEEP_ALIVE_MS": Variable(
+        "15000", _seconds(100, 3_600_000), "sse_keep_alive_s", "A quiet SSE stream carries a comment this often, in ms."
     ),
     "DOCKER_RUNNER_TRUSTED_PROXIES": Variable(
         "", _addresses, "trusted_proxies", "Addresses whose `X-Forwarded-For` is believed, comma-separated."

@@ -3,6 +3,8 @@
 The one idea: a stream's bytes are the engine's and are never changed here; only the places where they are cut are ours.
 """
 
+from collections.abc import Iterator
+
 import msgspec
 
 MAX_LINE = 1024 * 1024
@@ -57,6 +59,138 @@ class LineFramer:
     def tail(self) -> bytes:
         """The unfinished last line, for a stream that ended whole."""
         return b"".join(self._held)
+
+
+STDOUT, STDERR = 1, 2
+MAX_FRAME = 1024 * 1024
+"""Bytes of one multiplexed frame that are held back at most; a longer frame passes as it comes."""
+_HEADER = 8
+
+
+class FramingError(Exception):
+    """The bytes are not the engine's multiplexed stream."""
+
+
+class FrameReader:
+    """Takes the engine's multiplexed stream apart, whatever chunks it arrives in.
+
+    The format: frames of a header (stream, three zeros, the payload's length in 4 bytes, big-endian) and the payload.
+    Source: the API document, `ContainerAttach`, "Stream format".
+    """
+
+    def __init__(self) -> None:
+        self._header = b""
+        self._stream = 0
+        self._left = 0
+
+    @property
+    def between_frames(self) -> bool:
+        """The stream may end here."""
+        return not self._left and not self._header
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+        """The payloads in a chunk, in order: (`STDOUT` or `STDERR`, bytes). A payload may come in several pieces.
+
+        Raises:
+            FramingError: a header is none.
+        """
+        at = 0
+        while at < len(chunk):
+            if self._left:
+                piece = chunk[at : at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                yield self._stream, piece
+                continue
+            needed = chunk[at : at + _HEADER - len(self._header)]
+            at += len(needed)
+            self._header += needed
+            if len(self._header) == _HEADER:
+                if self._header[0] > 3 or self._header[1:4] != b"\0\0\0":
+                    raise FramingError(f"no frame begins with {self._header!r}")
+                # 0 is stdin, which the engine never sends, and 3 its own errors; both read best as stderr.
+                self._stream = STDOUT if self._header[0] == STDOUT else STDERR
+                self._left = int.from_bytes(self._header[4:], "big")
+                self._header = b""
+
+
+class FrameCutter:
+    """Cuts a multiplexed stream between its frames; otherwise as `LineFramer`: no byte is changed, lost or added."""
+
+    def __init__(self, max_frame: int = MAX_FRAME) -> None:
+        self._max_frame = max_frame
+        self._reader = FrameReader()
+        self._held: list[bytes] = []
+        self._held_size = 0
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take the next chunk; return what may leave now: whole frames, possibly none.
+
+        Raises:
+            FramingError: as `FrameReader.feed`.
+        """
+        cut = self._last_border(chunk)
+        if cut is None:
+            self._held.append(chunk)
+            self._held_size += len(chunk)
+            if self._held_size <= self._max_frame:
+                return b""
+            out = b"".join(self._held)
+            self._held, self._held_size = [], 0
+            return out
+        out = b"".join((*self._held, chunk[:cut]))
+        self._held, self._held_size = ([chunk[cut:]], len(chunk) - cut) if cut < len(chunk) else ([], 0)
+        return out
+
+    def tail(self) -> bytes:
+        """The unfinished last frame, for a stream that ended whole."""
+        return b"".join(self._held)
+
+    def _last_border(self, chunk: bytes) -> int | None:
+        """Where in the chunk the last whole frame ends."""
+        reader, border, at = self._reader, None, 0
+        while at < len(chunk):
+            step = reader._left or _HEADER - len(reader._header)
+            for _ in reader.feed(chunk[at : at + step]):
+                pass
+            at = min(at + step, len(chunk))
+            if reader.between_frames:
+                border = at
+        return border
+
+
+class Tail:
+    """The last bytes of a stream.
+
+    Args:
+        size: how many are kept.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept = bytearray()
+
+    def add(self, piece: bytes) -> None:
+        """The next piece of the stream."""
+        self._kept += piece
+        if len(self._kept) > 2 * self._size:
+            del self._kept[: -self._size]
+
+    def get(self) -> bytes:
+        """What is kept."""
+        return bytes(self._kept[-self._size :])
+
+
+KEEP_ALIVE = b": keep-alive\n\n"
+"""An SSE comment: nothing to the client, a sign of life to everything in between."""
+
+
+def sse(message: bytes) -> bytes:
+    """One message of a server-sent event stream: JSON without line breaks, on one `data:` line.
+
+    Source: the HTML standard, section "Server-sent events".
+    """
+    return b"data: " + message + b"\n\n"
 
 
 def progress_error(message: str) -> bytes:

@@ -1,16 +1,35 @@
-"""The runner face, `/v1/...`: task-level operations in JSON, on top of the engine client."""
+"""The runner face, `/v1/...`: task-level operations in JSON for platforms that run workspaces and agents in containers.
+
+The routes are one table (`ROUTES`): method, path, the request's struct, a handler of a few lines. What the operations
+do is in `images.py`, `containers.py`, `execs.py` and `feeds.py`. Requests are decoded once, strictly: nothing is
+coerced, and an error names the field.
+
+To add a route: a struct, a handler, a line in `ROUTES`.
+"""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
+import containers
+import execs
+import feeds
+import images
+from auth import Request as Verified
+from calls import Calls, Operation, Thing
+from containers import Name
 from dockerapi import Engine
 from errors import RunnerError
 
@@ -18,8 +37,373 @@ READY_MAX_AGE_S = 1.0
 """`/v1/ready` is open to strangers, so it asks the engine at most this often."""
 READY_LIMIT_S = 2.0
 """An engine that needs longer for a ping is not ready."""
+INVALID_QUERY = 4000
+INTERNAL_ERROR = 1011
+SERVICE_RESTART = 1012
 
 _JSON = "application/json"
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What the runner face is told by the settings. Times in seconds, sizes in bytes."""
+
+    default_image: str
+    max_output: int
+    keep_alive_s: float
+    event_buffer: int
+
+
+# Requests. A field that may be absent may not be null; unknown fields are ignored, but for `start`.
+
+
+class EnsureImage(msgspec.Struct, rename="camel"):
+    image: Name
+    platform: str | UnsetType = UNSET
+    auth: dict[str, str] | UnsetType = UNSET
+
+
+class StopContainer(msgspec.Struct, rename="camel"):
+    container_id: Name
+    timeout_sec: Annotated[int, Meta(ge=0)] = 10
+
+
+class RemoveContainer(msgspec.Struct, rename="camel"):
+    container_id: Name
+    force: bool = False
+    remove_volumes: bool = False
+
+
+class OneContainer(msgspec.Struct, rename="camel"):
+    container_id: Name
+
+
+class FindByLabels(msgspec.Struct, rename="camel"):
+    labels: Annotated[dict[str, str], Meta(min_length=1)]
+    all: bool = False
+
+
+class ListByVolume(msgspec.Struct, rename="camel"):
+    volume_name: Name
+
+
+class RemoveVolume(msgspec.Struct, rename="camel"):
+    volume_name: Name
+    force: bool = False
+
+
+class PutArchive(msgspec.Struct, rename="camel"):
+    container_id: Name
+    path: Name
+    payload_base64: Annotated[bytes, Meta(description="a tar")] = msgspec.field(name="payloadBase64")
+
+
+class ExecOptions(msgspec.Struct, rename="camel", frozen=True):
+    workdir: str | UnsetType = UNSET
+    env: dict[str, str] | list[str] | UnsetType = UNSET
+    timeout_ms: Annotated[int, Meta(ge=0)] = 0
+    idle_timeout_ms: Annotated[int, Meta(ge=0)] = 0
+    tty: bool = False
+    kill_on_timeout: bool = False
+    log_to_pid1: bool = msgspec.field(default=False, name="logToPid1")
+
+
+class RunExec(msgspec.Struct, rename="camel"):
+    container_id: Name
+    command: Annotated[str, Meta(min_length=1)] | Annotated[list[str], Meta(min_length=1)]
+    options: ExecOptions = ExecOptions()
+
+
+class Size(msgspec.Struct):
+    cols: Annotated[int, Meta(gt=0)]
+    rows: Annotated[int, Meta(gt=0)]
+
+
+class ResizeExec(msgspec.Struct, rename="camel"):
+    exec_id: Name
+    size: Size
+
+
+class Logs(msgspec.Struct, rename="camel"):
+    container_id: Name
+    follow: bool = True
+    since: str | UnsetType = UNSET
+    tail: str | UnsetType = UNSET
+    stdout: bool = True
+    stderr: bool = True
+    timestamps: bool = False
+
+
+class Events(msgspec.Struct, rename="camel"):
+    since: str | UnsetType = UNSET
+    filters: str | UnsetType = UNSET
+
+
+class Interactive(msgspec.Struct, rename="camel"):
+    container_id: Name
+    command: Name
+    workdir: str | UnsetType = UNSET
+    tty: bool = False
+    demux: bool = True
+    env: str | UnsetType = UNSET
+
+
+class Nothing(msgspec.Struct):
+    """A request without parameters."""
+
+
+# Handlers: (calls, the decoded request, the HTTP request, options) -> response.
+
+Handler = Callable[[Calls, Any, Request, Options], Awaitable[Response]]
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type=_JSON)
+
+
+NO_CONTENT = 204
+
+
+async def _ensure(calls: Calls, asked: EnsureImage, request: Request, options: Options) -> Response:
+    platform = asked.platform or None
+    auth = None if asked.auth is UNSET else asked.auth
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        await images.ensure(calls, asked.image, platform, auth)
+        return Response(status_code=NO_CONTENT)
+    if platform is None and await images.is_present(calls, asked.image):
+        progress = None
+    else:
+        progress = images.pull(calls, asked.image, platform, auth)
+    return feeds.pull_feed(progress, options.keep_alive_s)
+
+
+async def _start(calls: Calls, asked: containers.Start, request: Request, options: Options) -> Response:
+    return _json(await containers.start(calls, asked, options.default_image))
+
+
+async def _stop(calls: Calls, asked: StopContainer, request: Request, options: Options) -> Response:
+    return Response(status_code=await containers.stop(calls, asked.container_id, asked.timeout_sec))
+
+
+async def _remove(calls: Calls, asked: RemoveContainer, request: Request, options: Options) -> Response:
+    await containers.remove(calls, asked.container_id, force=asked.force, volumes=asked.remove_volumes)
+    return Response(status_code=NO_CONTENT)
+
+
+async def _inspect(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    return Response(await containers.inspect(calls, asked.container_id), media_type=_JSON)
+
+
+async def _labels(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    return _json({"labels": (await containers.inspected(calls, asked.container_id)).config.labels or {}})
+
+
+async def _networks(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    networks = (await containers.inspected(calls, asked.container_id)).network_settings.networks
+    return _json({"networks": list(networks or {})})
+
+
+async def _find(calls: Calls, asked: FindByLabels, request: Request, options: Options) -> Response:
+    return _json({"containerIds": await containers.find_by_labels(calls, asked.labels, all_=asked.all)})
+
+
+async def _list_by_volume(calls: Calls, asked: ListByVolume, request: Request, options: Options) -> Response:
+    return _json({"containerIds": await containers.list_by_volume(calls, asked.volume_name)})
+
+
+async def _remove_volume(calls: Calls, asked: RemoveVolume, request: Request, options: Options) -> Response:
+    await containers.remove_volume(calls, asked.volume_name, force=asked.force)
+    return Response(status_code=NO_CONTENT)
+
+
+async def _touch(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    await containers.inspect(calls, asked.container_id)
+    return Response(status_code=NO_CONTENT)
+
+
+async def _put_archive(calls: Calls, asked: PutArchive, request: Request, options: Options) -> Response:
+    await containers.put_archive(calls, asked.container_id, asked.path, asked.payload_base64)
+    return Response(status_code=NO_CONTENT)
+
+
+async def _run(calls: Calls, asked: RunExec, request: Request, options: Options) -> Response:
+    given = asked.options
+    config = _exec_config(
+        execs.argv(asked.command, log_to_pid1=given.log_to_pid1),
+        given.workdir,
+        given.env,
+        tty=given.tty and not given.log_to_pid1,
+    )
+    limits = execs.Limits(given.timeout_ms, given.idle_timeout_ms, options.max_output)
+    return _json(await execs.run(calls, asked.container_id, config, limits, kill_on_timeout=given.kill_on_timeout))
+
+
+def _exec_config(
+    argv: list[str], workdir: str | UnsetType, env: dict[str, str] | list[str] | UnsetType, *, tty: bool
+) -> dict[str, Any]:
+    config: dict[str, Any] = {"Cmd": argv, "AttachStdout": True, "AttachStderr": True, "Tty": tty}
+    if workdir is not UNSET:
+        config["WorkingDir"] = workdir
+    if env is not UNSET:
+        config["Env"] = containers.environment(env)
+    return config
+
+
+async def _resize(calls: Calls, asked: ResizeExec, request: Request, options: Options) -> Response:
+    await execs.resize(calls, asked.exec_id, asked.size.rows, asked.size.cols)
+    return Response(status_code=NO_CONTENT)
+
+
+async def _logs(calls: Calls, asked: Logs, request: Request, options: Options) -> Response:
+    query = {
+        "follow": asked.follow,
+        "stdout": asked.stdout,
+        "stderr": asked.stderr,
+        "timestamps": asked.timestamps,
+        "since": None if asked.since is UNSET else asked.since,
+        "tail": None if asked.tail is UNSET else asked.tail,
+    }
+    return await feeds.logs(calls, asked.container_id, query, options.keep_alive_s)
+
+
+async def _events(calls: Calls, asked: Events, request: Request, options: Options) -> Response:
+    return await feeds.events(
+        calls,
+        None if asked.since is UNSET else asked.since,
+        feeds.event_filters(None if asked.filters is UNSET else asked.filters),
+        connection=request.scope["docker_runner"],
+        buffer_limit=options.event_buffer,
+        keep_alive_s=options.keep_alive_s,
+    )
+
+
+async def _upgrade_required(calls: Calls, asked: Nothing, request: Request, options: Options) -> Response:
+    raise RunnerError("upgrade_required", "this route is a WebSocket", headers=((b"upgrade", b"websocket"),))
+
+
+INTERACTIVE = "/v1/exec/interactive/ws"
+_EXEC = Operation("exec_failed", conflict="container_stopped_paused")
+
+ROUTES: tuple[tuple[str, str, type[msgspec.Struct], Handler, Operation], ...] = (
+    ("POST", "/v1/images/ensure", EnsureImage, _ensure, Operation("image_ensure_failed", Thing.IMAGE, clean=True)),
+    ("POST", "/v1/containers/start", containers.Start, _start, Operation("start_failed", clean=True)),
+    ("POST", "/v1/containers/stop", StopContainer, _stop, Operation("stop_failed")),
+    ("POST", "/v1/containers/remove", RemoveContainer, _remove, Operation("remove_failed")),
+    ("GET", "/v1/containers/inspect", OneContainer, _inspect, Operation("inspect_failed")),
+    ("GET", "/v1/containers/labels", OneContainer, _labels, Operation("labels_failed")),
+    ("GET", "/v1/containers/networks", OneContainer, _networks, Operation("networks_failed")),
+    ("POST", "/v1/containers/findByLabels", FindByLabels, _find, Operation("find_failed")),
+    ("GET", "/v1/containers/listByVolume", ListByVolume, _list_by_volume, Operation("list_volume_failed")),
+    ("POST", "/v1/volumes/remove", RemoveVolume, _remove_volume, Operation("volume_remove_failed", Thing.VOLUME)),
+    ("POST", "/v1/containers/touch", OneContainer, _touch, Operation("touch_failed")),
+    ("POST", "/v1/containers/putArchive", PutArchive, _put_archive, Operation("put_archive_failed")),
+    ("POST", "/v1/exec/run", RunExec, _run, _EXEC),
+    ("POST", "/v1/exec/resize", ResizeExec, _resize, Operation("resize_failed", Thing.EXEC)),
+    ("GET", "/v1/containers/logs/sse", Logs, _logs, Operation("logs_failed")),
+    ("GET", "/v1/events/sse", Events, _events, Operation("events_failed")),
+    ("GET", INTERACTIVE, Nothing, _upgrade_required, _EXEC),
+)
+
+
+# Decoding.
+
+
+async def _decoded_body(request: Request, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    body = await _verified(request.scope).body.read()
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and media_type != _JSON:
+        raise RunnerError("unsupported_media_type", f"the body must be {_JSON}, not {media_type or 'untyped'}")
+    try:
+        return msgspec.json.decode(body or b"{}", type=struct)
+    except msgspec.ValidationError as error:
+        raise RunnerError("validation_error", str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RunnerError("invalid_json", f"the body is not JSON: {error}") from error
+
+
+def _verified(scope: Mapping[str, Any]) -> Verified:
+    request: Verified = scope["docker_runner.request"]
+    return request
+
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def decoded_query(target: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    """The parameters of a query as a struct.
+
+    Raises:
+        RunnerError: `validation_error`: one is missing, wrong, or stands twice.
+    """
+    try:
+        pairs = parse_qsl(target.partition(b"?")[2].decode("ascii"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError as error:
+        raise RunnerError("validation_error", "the query is not UTF-8") from error
+    booleans = {field.encode_name for field in msgspec.structs.fields(struct) if field.type is bool}
+    given: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in given:
+            raise RunnerError("validation_error", f"{name}: stands more than once")
+        given[name] = text
+        if name in booleans:
+            if text not in _BOOLEANS:
+                raise RunnerError("validation_error", f"{name}: must be true, false, 1 or 0, not {text!r}")
+            given[name] = _BOOLEANS[text]
+    try:
+        return msgspec.convert(given, struct)
+    except msgspec.ValidationError as error:
+        raise RunnerError("validation_error", str(error)) from error
+
+
+# The interactive exec.
+
+
+def interactive_config(asked: Interactive) -> dict[str, Any]:
+    """The engine's `ContainerExec` of an interactive exec.
+
+    Raises:
+        RunnerError: `validation_error`.
+    """
+    command: str | list[str] = asked.command
+    try:
+        command = msgspec.json.decode(asked.command, type=Annotated[list[str], Meta(min_length=1)])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        command = asked.command  # No JSON array of strings: a shell command.
+    env: dict[str, str] | list[str] | UnsetType = UNSET
+    if asked.env is not UNSET and asked.env:
+        try:
+            env = msgspec.json.decode(asked.env, type=dict[str, str] | list[str])
+        except msgspec.DecodeError as error:
+            raise RunnerError("validation_error", f"env: {error}") from error
+    return {**_exec_config(execs.argv(command), asked.workdir, env, tty=asked.tty), "AttachStdin": True}
+
+
+async def _interactive(socket: WebSocket, calls: Calls) -> None:
+    """Serve one interactive exec; every end is told to the client, with a close code that says of what kind it is."""
+    await socket.accept()
+    try:
+        asked = decoded_query(_verified(socket.scope).target, Interactive)
+        assert isinstance(asked, Interactive)
+        config = interactive_config(asked)
+    except RunnerError as error:
+        await execs.send(socket, execs.error_frame(error))
+        await socket.close(INVALID_QUERY, "invalid_query")
+        return
+    try:
+        with await execs.Exec.start(calls, asked.container_id, config) as process:
+            await execs.Session(socket, process, merged=asked.tty or not asked.demux).run()
+        await socket.close()
+    except RunnerError as error:
+        await execs.send(socket, execs.error_frame(error))
+        await socket.close(INTERNAL_ERROR, "exec_failed")
+    except asyncio.CancelledError:
+        if _verified(socket.scope).connection.disconnected:
+            raise
+        ending = RunnerError("shutting_down", "docker-runner is shutting down", retryable=False)
+        await execs.send(socket, execs.error_frame(ending))
+        await socket.close(SERVICE_RESTART, "shutting_down")
+
+
+# The application.
 
 
 class Readiness:
@@ -58,9 +442,22 @@ class Readiness:
         return True
 
 
-def create_runner_face(engine: Engine, clock: Callable[[], float]) -> Starlette:
+def create_runner_face(engine: Engine, options: Options, clock: Callable[[], float]) -> ASGIApp:
     """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
     readiness = Readiness(engine, clock)
+    tasks: set[asyncio.Task[Any]] = set()
+
+    def endpoint(
+        method: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def serve(request: Request) -> Response:
+            if method == "POST":
+                asked = await _decoded_body(request, struct)
+            else:
+                asked = decoded_query(_verified(request.scope).target, struct)
+            return await handler(Calls(engine, operation, tasks), asked, request, options)
+
+        return serve
 
     async def health(request: Request) -> Response:
         return Response(b'{"status":"ok"}', media_type=_JSON)
@@ -69,7 +466,19 @@ def create_runner_face(engine: Engine, clock: Callable[[], float]) -> Starlette:
         await readiness.check()
         return Response(b'{"status":"ready"}', media_type=_JSON)
 
-    return _RunnerFace(routes=[Route("/v1/health", health), Route("/v1/ready", ready)])
+    async def interactive(socket: WebSocket) -> None:
+        await _interactive(socket, Calls(engine, _EXEC, tasks))
+
+    routes = [
+        Route("/v1/health", health),
+        Route("/v1/ready", ready),
+        WebSocketRoute(INTERACTIVE, interactive),
+        *(
+            Route(path, endpoint(method, struct, handler, operation), methods=[method])
+            for method, path, struct, handler, operation in ROUTES
+        ),
+    ]
+    return _RunnerFace(routes=routes)
 
 
 class _RunnerFace(Starlette):

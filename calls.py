@@ -1,0 +1,169 @@
+"""The engine as the runner face sees it: JSON calls, safe paths, and errors turned into the runner's in one place.
+
+The engine decodes a path before it routes, so percent-encoding alone does not keep a name in its place: `a%2F..` is a
+path again by then. A name that could become one is answered here as what it is: the name of nothing.
+"""
+
+import asyncio
+import enum
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from dockerapi import Engine, EngineResponse
+from errors import RunnerError
+
+R = TypeVar("R")
+
+MAX_ANSWER = 64 * 1024 * 1024
+"""Bytes of one answer of the engine that is held in memory (an inspect, a list)."""
+_JSON = (b"Content-Type", b"application/json")
+
+
+class Thing(enum.Enum):
+    """What a name names; the value is the engine's word for it."""
+
+    CONTAINER = "container"
+    EXEC = "exec instance"
+    IMAGE = "image"
+    VOLUME = "volume"
+    NETWORK = "network"
+
+
+_MISSING = {
+    Thing.CONTAINER: "no_such_container",
+    Thing.EXEC: "no_such_exec",
+    Thing.IMAGE: "no_such_image",
+    Thing.VOLUME: "no_such_volume",
+    Thing.NETWORK: "no_such_network",
+}
+
+
+def segment(thing: Thing, name: str) -> str:
+    """A name as one segment of a path.
+
+    Raises:
+        RunnerError: `no_such_...`: nothing can have this name, and in a path it would become another path.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise RunnerError(_MISSING[thing], f"No such {thing.value}: {name}", status=404)
+    return quote(name, safe="")
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """How failures of one operation of the runner face are told.
+
+    Args:
+        fallback: the code where the cause says none.
+        thing: what a 404 of the engine means.
+        conflict: the code of a 409.
+        clean: a failure of the engine's making leaves nothing behind, so the same request may be repeated.
+    """
+
+    fallback: str
+    thing: Thing = Thing.CONTAINER
+    conflict: str = "conflict"
+    clean: bool = False
+
+
+class Calls:
+    """The engine, asked on behalf of one operation; failures are `RunnerError`s of that operation.
+
+    Args:
+        engine: who is asked.
+        operation: for whom.
+        tasks: holds what goes on in the background.
+    """
+
+    def __init__(self, engine: Engine, operation: Operation, tasks: "set[asyncio.Task[Any]]") -> None:
+        self.engine = engine
+        self.operation = operation
+        self._tasks = tasks
+
+    def background(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
+        """Run something that goes on if its caller leaves; held until it ends (the event loop would let it go)."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def open(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str | int | bool | None] | None = None,
+        *,
+        json: Any = None,
+        body: bytes | AsyncIterator[bytes] | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        thing: Thing | None = None,
+        accept: tuple[int, ...] = (),
+        **stream: Any,
+    ) -> EngineResponse:
+        """Begin a call; the answer is still to be read, by `with`.
+
+        Args:
+            method, path: of the engine's API; names in the path by `segment`.
+            query: parameters; None values are left out.
+            json: a body, to be encoded.
+            body, headers: another body, with its type.
+            thing: what a 404 means here, if not what it means for the operation.
+            accept: statuses of 300 and above that are no failure here.
+            stream: further arguments of `Engine.request`.
+
+        Raises:
+            RunnerError: the engine refused, failed, or could not be reached.
+        """
+        given = {name: _text(value) for name, value in (query or {}).items() if value is not None}
+        target = path + ("?" + urlencode(given) if given else "")
+        if json is not None:
+            body, headers = msgspec.json.encode(json), (_JSON, *headers)
+        elif body is None and method in ("POST", "PUT"):
+            body = b""
+        response = await self.engine.request(method.encode(), target.encode(), headers, body, **stream)
+        if response.status < 300 or response.status in accept:
+            return response
+        with response:
+            raise self.failure(response.status, await response.read(MAX_ANSWER), thing)
+
+    async def call(
+        self, method: str, path: str, query: Mapping[str, str | int | bool | None] | None = None, **more: Any
+    ) -> bytes:
+        """A whole call: the body of the answer. Arguments and errors as `open`."""
+        with await self.open(method, path, query, **more) as response:
+            return await response.read(MAX_ANSWER)
+
+    def failure(self, status: int, body: bytes, thing: Thing | None = None) -> RunnerError:
+        """The engine's error as the runner's: its status, its message, the code by cause."""
+        message = _message(body) or f"the engine answered {status}"
+        match status:
+            case 404 if message.lower().startswith(("network ", "no such network")):
+                code = _MISSING[Thing.NETWORK]
+            case 404:
+                code = _MISSING[thing or self.operation.thing]
+            case 409:
+                code = self.operation.conflict
+            case 400:
+                code = "bad_parameter"
+            case _ if status >= 500:
+                code = "server_error"
+            case _:
+                code = self.operation.fallback
+        return RunnerError(code, message, status=status, retryable=self.operation.clean and status >= 500)
+
+
+def _text(value: str | int | bool) -> str:
+    return ("1" if value else "0") if isinstance(value, bool) else str(value)
+
+
+class _EngineError(msgspec.Struct):
+    message: str
+
+
+def _message(body: bytes) -> str:
+    try:
+        return msgspec.json.decode(body, type=_EngineError).message
+    except msgspec.DecodeError:
+        return body[:500].decode("utf-8", "replace").strip()

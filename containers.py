@@ -1,0 +1,194 @@
+"""Containers and volumes of the runner face: start, stop, remove, look up, upload."""
+
+import asyncio
+import contextlib
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+import images
+from calls import Calls, Thing, segment
+from errors import RunnerError
+
+PLATFORM_LABEL = "hautech.ai/platform"
+Name = Annotated[str, Meta(min_length=1)]
+
+
+class Start(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
+    """The request of `/v1/containers/start`. Fields left out are the engine's defaults, but for `autoRemove`."""
+
+    image: Name | UnsetType = UNSET
+    name: Name | UnsetType = UNSET
+    cmd: list[str] | UnsetType = UNSET
+    entrypoint: str | UnsetType = UNSET
+    env: dict[str, str] | list[str] | UnsetType = UNSET
+    working_dir: str | UnsetType = UNSET
+    auto_remove: bool = True
+    binds: list[str] | UnsetType = UNSET
+    network_mode: str | UnsetType = UNSET
+    tty: bool | UnsetType = UNSET
+    labels: dict[str, str] | UnsetType = UNSET
+    platform: str | UnsetType = UNSET
+    privileged: bool | UnsetType = UNSET
+    anonymous_volumes: list[str] | UnsetType = UNSET
+    create_extras: dict[str, Any] | UnsetType = UNSET
+    ttl_seconds: Annotated[int, Meta(gt=0)] | UnsetType = UNSET
+
+
+def environment(env: dict[str, str] | list[str]) -> list[str]:
+    """An environment as the engine takes it: `NAME=VALUE` each."""
+    return [f"{name}={value}" for name, value in env.items()] if isinstance(env, dict) else env
+
+
+def create_body(start: Start, image: str) -> tuple[dict[str, Any], str | None]:
+    """The body of the engine's `ContainerCreate`, and the container's name."""
+    labels = dict(start.labels) if start.labels is not UNSET else {}
+    if start.platform is not UNSET:
+        labels[PLATFORM_LABEL] = start.platform
+    host: dict[str, Any] = {
+        "AutoRemove": start.auto_remove,
+        "Binds": start.binds,
+        "NetworkMode": start.network_mode,
+        "Privileged": start.privileged,
+    }
+    body: dict[str, Any] = {
+        "Image": image,
+        "Cmd": start.cmd,
+        "Entrypoint": UNSET if start.entrypoint is UNSET else [start.entrypoint],
+        "Env": UNSET if start.env is UNSET else environment(start.env),
+        "WorkingDir": start.working_dir,
+        "Tty": start.tty,
+        "Labels": labels,
+        "Volumes": UNSET if start.anonymous_volumes is UNSET else {path: {} for path in start.anonymous_volumes},
+    }
+    extras = dict(start.create_extras) if start.create_extras is not UNSET else {}
+    name = extras.pop("name", None if start.name is UNSET else start.name)
+    extra_host = extras.pop("HostConfig", None)
+    if isinstance(extra_host, dict):
+        host |= extra_host
+    body["HostConfig"] = _given(host)
+    return _given(body | extras), name
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not UNSET}
+
+
+class _Created(msgspec.Struct, rename="pascal"):
+    id: str
+
+
+async def start(calls: Calls, request: Start, default_image: str) -> dict[str, str]:
+    """Ensure the image, create, start. A container that cannot be started, or whose caller leaves, is removed again.
+
+    Raises:
+        RunnerError: the engine or the registry refused or failed; nothing is left behind.
+    """
+    image = default_image if request.image is UNSET else request.image
+    platform = None if request.platform is UNSET else request.platform
+    await images.ensure(calls, image, platform)
+    body, name = create_body(request, image)
+    creating = calls.background(_create(calls, body, name, platform))
+    try:
+        # Shielded: the engine may create a container for a caller who has left, and only its answer tells which.
+        container = await asyncio.shield(creating)
+        await calls.call("POST", f"/containers/{container}/start")
+    except BaseException:
+        await asyncio.shield(calls.background(_remove_created(calls, creating)))
+        raise
+    return {"containerId": container, **({"name": name} if name is not None else {}), "status": "running"}
+
+
+async def _create(calls: Calls, body: dict[str, Any], name: str | None, platform: str | None) -> str:
+    query = {"name": name, "platform": platform}
+    answer = await calls.call("POST", "/containers/create", query, json=body, thing=Thing.IMAGE)
+    return msgspec.json.decode(answer, type=_Created).id
+
+
+async def _remove_created(calls: Calls, creating: asyncio.Task[str]) -> None:
+    with contextlib.suppress(RunnerError):
+        container = await creating
+        await calls.call("DELETE", f"/containers/{container}", {"force": True, "v": True}, accept=(404, 409))
+
+
+async def stop(calls: Calls, container: str, timeout_s: int) -> int:
+    """Stop a container; returns 204, or 304 if it did not run."""
+    path = f"/containers/{segment(Thing.CONTAINER, container)}/stop"
+    with await calls.open("POST", path, {"t": timeout_s}, accept=(304,)) as response:
+        return response.status
+
+
+async def remove(calls: Calls, container: str, *, force: bool, volumes: bool) -> None:
+    """Remove a container."""
+    path = f"/containers/{segment(Thing.CONTAINER, container)}"
+    await calls.call("DELETE", path, {"force": force, "v": volumes})
+
+
+async def inspect(calls: Calls, container: str) -> bytes:
+    """The engine's JSON of a container, unchanged."""
+    return await calls.call("GET", f"/containers/{segment(Thing.CONTAINER, container)}/json")
+
+
+class _Config(msgspec.Struct, rename="pascal"):
+    labels: dict[str, str] | None = None
+    tty: bool = False
+
+
+class _Network(msgspec.Struct, rename="pascal"):
+    networks: dict[str, Any] | None = None
+
+
+class Inspected(msgspec.Struct, rename="pascal"):
+    """What the runner face reads of an inspect."""
+
+    config: _Config
+    network_settings: _Network
+
+
+async def inspected(calls: Calls, container: str) -> Inspected:
+    """A container's labels, terminal and networks."""
+    return msgspec.json.decode(await inspect(calls, container), type=Inspected)
+
+
+class _Mount(msgspec.Struct, rename="pascal"):
+    type: str = ""
+    name: str = ""
+
+
+class _Listed(msgspec.Struct, rename="pascal"):
+    id: str
+    created: int
+    mounts: list[_Mount] = []
+
+
+async def _list(calls: Calls, filters: dict[str, list[str]], *, all_: bool) -> list[_Listed]:
+    query: dict[str, str | int | bool | None] = {"all": all_, "filters": msgspec.json.encode(filters).decode()}
+    found = msgspec.json.decode(await calls.call("GET", "/containers/json", query), type=list[_Listed])
+    return sorted(found, key=lambda listed: (listed.created, listed.id))
+
+
+async def find_by_labels(calls: Calls, labels: dict[str, str], *, all_: bool) -> list[str]:
+    """Ids of the containers with all of these labels, oldest first."""
+    wanted = [f"{name}={value}" for name, value in labels.items()]
+    return [listed.id for listed in await _list(calls, {"label": wanted}, all_=all_)]
+
+
+async def list_by_volume(calls: Calls, volume: str) -> list[str]:
+    """Ids of the containers that mount a volume, stopped ones too, oldest first.
+
+    The engine's filter also matches the folder that something is mounted at; that is no volume's name.
+    """
+    found = await _list(calls, {"volume": [volume]}, all_=True)
+    return [each.id for each in found if any(mount.type == "volume" and mount.name == volume for mount in each.mounts)]
+
+
+async def remove_volume(calls: Calls, volume: str, *, force: bool) -> None:
+    """Remove a volume."""
+    await calls.call("DELETE", f"/volumes/{segment(Thing.VOLUME, volume)}", {"force": force})
+
+
+async def put_archive(calls: Calls, container: str, path: str, tar: bytes) -> None:
+    """Unpack a tar in a folder of a container, which need not run."""
+    target = f"/containers/{segment(Thing.CONTAINER, container)}/archive"
+    await calls.call("PUT", target, {"path": path}, body=tar, headers=((b"Content-Type", b"application/x-tar"),))

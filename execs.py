@@ -1,0 +1,316 @@
+"""Commands in containers: run to their end within time limits, or interactive over a WebSocket.
+
+An exec's connection is taken over from the engine (101) before anything else is asked, so that output which comes at
+once is not lost. It ends when the process has closed its output; only then is the exit code asked for.
+"""
+
+import asyncio
+import codecs
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.websockets import WebSocket
+
+from calls import Calls, Thing, segment
+from dockerapi import EngineResponse
+from errors import RunnerError
+from streams import STDERR, STDOUT, FrameReader, FramingError, Tail
+
+KILL_GRACE_S = 10
+"""Seconds that a container gets to end by itself, when a timed-out exec has it stopped."""
+EXIT_LIMIT_S = 10.0
+"""Seconds between the end of an exec's output and its exit code; the engine needs a moment to note it."""
+LAST_OUTPUT = 256 * 1024
+"""Bytes of output that an exit frame repeats, of each stream."""
+
+_UPGRADE = ((b"Connection", b"Upgrade"), (b"Upgrade", b"tcp"))
+
+# Runs "$@", copying its output to the first process's: for logs that show what execs said. The copies must not
+# change the outcome: a `tee` that cannot write there still passes on what it reads.
+_LOG_TO_PID1 = (
+    'exec 4>&1; { { "$@" 2>&3 3>&- 4>&- | { tee /proc/1/fd/1 >&4 3>&- 2>/dev/null; true; }; } 3>&1'
+    " | { tee /proc/1/fd/2 >&2 2>/dev/null; true; }; }"
+)
+
+
+def argv(command: str | list[str], *, log_to_pid1: bool = False) -> list[str]:
+    """A command as the engine takes it: a string goes to a login shell, a list is taken as it is."""
+    words = ["/bin/sh", "-lc", command] if isinstance(command, str) else command
+    return ["bash", "-o", "pipefail", "-c", _LOG_TO_PID1, "bash", *words] if log_to_pid1 else words
+
+
+class _Created(msgspec.Struct, rename="pascal"):
+    id: str
+
+
+class _State(msgspec.Struct, rename="pascal"):
+    running: bool
+    exit_code: int | None = None
+
+
+class Exec:
+    """An exec whose connection is taken over: `output`, `write`, `end_input`, `exit_code`. A context manager."""
+
+    def __init__(self, calls: Calls, id_: str, stream: EngineResponse, *, tty: bool) -> None:
+        self.id = id_
+        self._calls = calls
+        self._stream = stream
+        self._tty = tty
+        self._input_ended = False
+
+    @classmethod
+    async def start(cls, calls: Calls, container: str, config: dict[str, Any]) -> "Exec":
+        """Create an exec in a container and start it.
+
+        Args:
+            calls: the engine.
+            container: id, prefix or name.
+            config: fields of the engine's `ContainerExec`.
+        """
+        path = f"/containers/{segment(Thing.CONTAINER, container)}/exec"
+        created = msgspec.json.decode(await calls.call("POST", path, json=config), type=_Created)
+        tty = bool(config.get("Tty"))
+        stream = await calls.open(
+            "POST", f"/exec/{created.id}/start", json={"Detach": False, "Tty": tty}, headers=_UPGRADE, thing=Thing.EXEC
+        )
+        return cls(calls, created.id, stream, tty=tty)
+
+    async def output(self) -> AsyncIterator[tuple[int, bytes]]:
+        """Its output as it comes: (`STDOUT` or `STDERR`, bytes). With a terminal everything is `STDOUT`.
+
+        Raises:
+            RunnerError: `exec_failed`: the stream broke.
+        """
+        reader = FrameReader()
+        try:
+            async for chunk in self._stream.chunks():
+                if self._tty:
+                    yield STDOUT, chunk
+                else:
+                    for piece in reader.feed(chunk):
+                        yield piece
+        except (RunnerError, FramingError) as error:
+            raise RunnerError("exec_failed", f"the exec's output broke off: {error}") from error
+        if not reader.between_frames:
+            raise RunnerError("exec_failed", "the exec's output broke off")
+
+    async def write(self, data: bytes) -> None:
+        """Give it input; waits while it does not read. After the input's or the process's end this does nothing."""
+        if not self._input_ended:
+            with contextlib.suppress(RunnerError):
+                await self._stream.write(data)
+
+    def end_input(self) -> None:
+        """End its input; may be said more than once."""
+        if not self._input_ended:
+            self._input_ended = True
+            self._stream.write_eof()
+
+    async def exit_code(self) -> int:
+        """Its exit code, once its output has ended.
+
+        Raises:
+            RunnerError: `exec_failed`: the engine does not say. The command may have run: never retryable.
+        """
+        try:
+            async with asyncio.timeout(EXIT_LIMIT_S):
+                while True:
+                    answer = await self._calls.call("GET", f"/exec/{self.id}/json", thing=Thing.EXEC)
+                    state = msgspec.json.decode(answer, type=_State)
+                    if not state.running and state.exit_code is not None:
+                        return state.exit_code
+                    await asyncio.sleep(0.01)
+        except (RunnerError, TimeoutError) as error:
+            raise RunnerError("exec_failed", f"the exec ended, but not how is known: {error}") from error
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Set the size of its terminal."""
+        await resize(self._calls, self.id, rows, cols)
+
+    def __enter__(self) -> "Exec":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stream.close()
+
+
+async def resize(calls: Calls, exec_id: str, rows: int, cols: int) -> None:
+    """Set the size of an exec's terminal."""
+    await calls.call("POST", f"/exec/{segment(Thing.EXEC, exec_id)}/resize", {"h": rows, "w": cols}, thing=Thing.EXEC)
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Bounds of one command: milliseconds (0: none) and bytes."""
+
+    timeout_ms: int
+    idle_timeout_ms: int
+    max_output: int
+
+
+class _Output:
+    """What a command has said, as text: characters across chunk borders whole, invalid bytes replaced."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._text: dict[int, list[str]] = {STDOUT: [], STDERR: []}
+        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._text}
+
+    def add(self, stream: int, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > self._limit:
+            raise RunnerError("output_too_large", f"the command's output is longer than {self._limit} bytes")
+        self._text[stream].append(self._decoders[stream].decode(piece))
+
+    def texts(self) -> dict[str, str]:
+        """The answer's `stdout` and `stderr`."""
+        ends = {stream: decoder.decode(b"", final=True) for stream, decoder in self._decoders.items()}
+        return {
+            "stdout": "".join((*self._text[STDOUT], ends[STDOUT])),
+            "stderr": "".join((*self._text[STDERR], ends[STDERR])),
+        }
+
+
+async def run(
+    calls: Calls, container: str, config: dict[str, Any], limits: Limits, *, kill_on_timeout: bool
+) -> dict[str, Any]:
+    """Run a command to its end: its output as text, and its exit code.
+
+    Raises:
+        RunnerError: the engine refused; `exec_timeout`, `exec_idle_timeout`, `output_too_large`, `exec_failed`.
+    """
+    now = asyncio.get_running_loop().time
+    output = _Output(limits.max_output)
+    # A limit of 0 is none. Both run from here, since a start that hangs is part of what the caller waits for.
+    end = now() + limits.timeout_ms / 1000 if limits.timeout_ms else None
+    idle_s = limits.idle_timeout_ms / 1000 if limits.idle_timeout_ms else None
+    idle = idle_s is not None
+
+    def deadline() -> float | None:
+        nonlocal idle
+        quiet = now() + idle_s if idle_s is not None else None
+        idle = quiet is not None and (end is None or quiet < end)
+        return quiet if idle else end
+
+    started = False
+    try:
+        async with asyncio.timeout_at(deadline()) as patience:
+            with await Exec.start(calls, container, config) as process:
+                started = True
+                async for stream, piece in process.output():
+                    output.add(stream, piece)
+                    patience.reschedule(deadline())
+                code = await process.exit_code()
+    except TimeoutError:
+        if kill_on_timeout:
+            path = f"/containers/{segment(Thing.CONTAINER, container)}/stop"
+            calls.background(_quietly(calls, path))
+        if idle:
+            raise _timed_out(
+                "exec_idle_timeout", f"Exec idle timed out after {limits.idle_timeout_ms}ms", output
+            ) from None
+        raise _timed_out("exec_timeout", f"Exec timed out after {limits.timeout_ms}ms", output) from None
+    except RunnerError as error:
+        if started and error.retryable:
+            raise RunnerError("exec_failed", error.message) from error
+        raise
+    return {**output.texts(), "exitCode": code}
+
+
+def _timed_out(code: str, message: str, output: _Output) -> RunnerError:
+    return RunnerError(code, message, details=output.texts())
+
+
+async def _quietly(calls: Calls, path: str) -> None:
+    with contextlib.suppress(RunnerError):
+        await calls.call("POST", path, {"t": KILL_GRACE_S}, accept=(304,))
+
+
+class _FromClient(msgspec.Struct):
+    """A frame of the client's. Unknown types are ignored."""
+
+    type: str = ""
+    data: bytes = b""
+    cols: int = 0
+    rows: int = 0
+
+
+class Session:
+    """One interactive exec over an accepted WebSocket, from its start to the close of both.
+
+    Args:
+        socket: accepted.
+        process: started.
+        merged: stderr goes in `stdout` frames.
+    """
+
+    def __init__(self, socket: WebSocket, process: Exec, *, merged: bool) -> None:
+        self._socket = socket
+        self._process = process
+        self._merged = merged
+        self._last = {STDOUT: Tail(LAST_OUTPUT), STDERR: Tail(LAST_OUTPUT)}
+
+    async def run(self) -> None:
+        """Carry bytes both ways until the process ends; the exit frame comes last.
+
+        Raises:
+            RunnerError: the engine's connection broke.
+        """
+        await send(self._socket, {"type": "ready", "execId": self._process.id})
+        reading = asyncio.ensure_future(self._read_client())
+        try:
+            async for stream, piece in self._process.output():
+                stream = STDOUT if self._merged else stream
+                self._last[stream].add(piece)
+                await send(self._socket, {"type": "stdout" if stream == STDOUT else "stderr", "data": piece})
+            code = await self._process.exit_code()
+        finally:
+            reading.cancel()
+        ended = {"stdout": self._last[STDOUT].get(), "stderr": self._last[STDERR].get()}
+        await send(self._socket, {"type": "exit", "execId": self._process.id, "exitCode": code, **ended})
+
+    async def _read_client(self) -> None:
+        """Take what the client sends; while the process does not read, neither does this."""
+        while True:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return  # The connection's loss ends the whole session; see `auth.Authentication`.
+            try:
+                await self._take(message)
+            except msgspec.DecodeError as error:
+                await send(
+                    self._socket,
+                    {"type": "error", "error": f"not understood: {error}", **_error_fields("invalid_json")},
+                )
+            except RunnerError as error:
+                await send(self._socket, error_frame(error))
+
+    async def _take(self, message: Any) -> None:
+        if message.get("bytes") is not None:
+            await self._process.write(message["bytes"])
+            return
+        frame = msgspec.json.decode(message.get("text") or "{}", type=_FromClient)
+        match frame.type:
+            case "stdin":
+                await self._process.write(frame.data)
+            case "close" | "eof":
+                self._process.end_input()
+            case "resize" if frame.rows > 0 and frame.cols > 0:
+                await self._process.resize(frame.rows, frame.cols)
+
+
+async def send(socket: WebSocket, frame: dict[str, Any]) -> None:
+    """One JSON text frame; bytes in it become base64."""
+    await socket.send_text(msgspec.json.encode(frame).decode())
+
+
+def error_frame(error: RunnerError) -> dict[str, Any]:
+    """The frame that tells of an error."""
+    fields = {"status": error.status, "code": error.code, "message": error.message, "retryable": error.retryable}
+    return {"type": "error", "error": error.message, **fields}
+
+
+def _error_fields(code: str) -> dict[str, Any]:
+    return {"status": 400, "code": code, "message": "a frame must be JSON", "retryable": False}
