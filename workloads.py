@@ -164,6 +164,7 @@ NO_CONTENT = 204
 
 
 async def _ensure(calls: Calls, asked: EnsureImage, request: Request, options: Options) -> Response:
+    """Have the image on the engine, pulled if need be: 204. With `Accept: text/event-stream` the progress as SSE."""
     platform = asked.platform or None
     auth = None if asked.auth is UNSET else asked.auth
     if "text/event-stream" not in request.headers.get("accept", ""):
@@ -177,55 +178,67 @@ async def _ensure(calls: Calls, asked: EnsureImage, request: Request, options: O
 
 
 async def _start(calls: Calls, asked: containers.Start, request: Request, options: Options) -> Response:
+    """Ensure the image, create and start a container: 200 with its id. A failed start leaves nothing behind."""
     return _json(await containers.start(calls, asked, options.default_image))
 
 
 async def _stop(calls: Calls, asked: StopContainer, request: Request, options: Options) -> Response:
+    """Stop a container: 204, or the engine's 304, 404, 409."""
     return Response(status_code=await containers.stop(calls, asked.container_id, asked.timeout_sec))
 
 
 async def _remove(calls: Calls, asked: RemoveContainer, request: Request, options: Options) -> Response:
+    """Remove a container: 204, or the engine's 404, 409."""
     await containers.remove(calls, asked.container_id, force=asked.force, volumes=asked.remove_volumes)
     return Response(status_code=NO_CONTENT)
 
 
 async def _inspect(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    """The engine's JSON of a container, unchanged."""
     return Response(await containers.inspect(calls, asked.container_id), media_type=_JSON)
 
 
 async def _labels(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    """A container's labels."""
     return _json({"labels": (await containers.inspected(calls, asked.container_id)).config.labels or {}})
 
 
 async def _networks(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    """The names of a container's networks."""
     networks = (await containers.inspected(calls, asked.container_id)).network_settings.networks
     return _json({"networks": list(networks or {})})
 
 
 async def _find(calls: Calls, asked: FindByLabels, request: Request, options: Options) -> Response:
+    """Ids of the containers that have all the labels, oldest first."""
     return _json({"containerIds": await containers.find_by_labels(calls, asked.labels, all_=asked.all)})
 
 
 async def _list_by_volume(calls: Calls, asked: ListByVolume, request: Request, options: Options) -> Response:
+    """Ids of the containers that mount the volume, stopped ones too."""
     return _json({"containerIds": await containers.list_by_volume(calls, asked.volume_name)})
 
 
 async def _remove_volume(calls: Calls, asked: RemoveVolume, request: Request, options: Options) -> Response:
+    """Remove a volume: 204, or the engine's 404, 409."""
     await containers.remove_volume(calls, asked.volume_name, force=asked.force)
     return Response(status_code=NO_CONTENT)
 
 
 async def _touch(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
+    """Mark a container as used: 204."""
     await containers.inspect(calls, asked.container_id)
     return Response(status_code=NO_CONTENT)
 
 
 async def _put_archive(calls: Calls, asked: PutArchive, request: Request, options: Options) -> Response:
+    """Unpack a tar (base64) in a folder of a container, running or not: 204."""
     await containers.put_archive(calls, asked.container_id, asked.path, asked.payload_base64)
     return Response(status_code=NO_CONTENT)
 
 
 async def _run(calls: Calls, asked: RunExec, request: Request, options: Options) -> Response:
+    """Run a command to its end: stdout, stderr, exit code. 504 at a time limit."""
     given = asked.options
     config = _exec_config(
         execs.argv(asked.command, log_to_pid1=given.log_to_pid1),
@@ -249,11 +262,13 @@ def _exec_config(
 
 
 async def _resize(calls: Calls, asked: ResizeExec, request: Request, options: Options) -> Response:
+    """Set the size of an exec's terminal: 204."""
     await execs.resize(calls, asked.exec_id, asked.size.rows, asked.size.cols)
     return Response(status_code=NO_CONTENT)
 
 
 async def _logs(calls: Calls, asked: Logs, request: Request, options: Options) -> Response:
+    """SSE: a container's log, in whole frames, base64."""
     query = {
         "follow": asked.follow,
         "stdout": asked.stdout,
@@ -266,6 +281,7 @@ async def _logs(calls: Calls, asked: Logs, request: Request, options: Options) -
 
 
 async def _events(calls: Calls, asked: Events, request: Request, options: Options) -> Response:
+    """SSE: the engine's events, each once."""
     return await feeds.events(
         calls,
         None if asked.since is UNSET else asked.since,
@@ -277,6 +293,7 @@ async def _events(calls: Calls, asked: Events, request: Request, options: Option
 
 
 async def _upgrade_required(calls: Calls, asked: Nothing, request: Request, options: Options) -> Response:
+    """WebSocket: a command with its input and output, a terminal if asked for."""
     raise RunnerError("upgrade_required", "this route is a WebSocket", headers=((b"upgrade", b"websocket"),))
 
 

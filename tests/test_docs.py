@@ -1,16 +1,19 @@
 """The README against the code: its tables, and its commands run as they stand."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import errors
 import policy
 import settings
-from conftest import Names
+import workloads
+from conftest import EngineDirect, Names
 from service import ROOT, SECRET, Runner
 
 README = (ROOT / "README.md").read_text()
@@ -30,9 +33,19 @@ def operations() -> str:
     return table([("operation", "request", "operation", "request"), *pairs])
 
 
+def routes() -> str:
+    rows = [("request", "parameters", "what it does")]
+    for method, path, struct, handler, _ in workloads.ROUTES:
+        asked = workloads.Interactive if path == workloads.INTERACTIVE else struct
+        fields = [field.encode_name + ("" if field.required else "?") for field in msgspec.structs.fields(asked)]
+        assert handler.__doc__ is not None
+        rows.append((f"`{method} {path}`", f"`{', '.join(fields)}`", handler.__doc__))
+    return table(rows)
+
+
 def error_codes() -> str:
     rows = [
-        (f"`{name}`", str(code.status), "yes" if code.retryable else "", code.meaning)
+        (f"`{name}`", str(code.status or "engine's"), "yes" if code.retryable else "", code.meaning)
         for name, code in errors.CODES.items()
     ]
     return table([("code", "status", "retryable", "meaning"), *rows])
@@ -49,7 +62,7 @@ def variables() -> str:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("operations", operations()), ("errors", error_codes()), ("settings", variables())],
+    [("operations", operations()), ("routes", routes()), ("errors", error_codes()), ("settings", variables())],
 )
 def test_the_readmes_table_is_the_codes(name: str, expected: str) -> None:
     found = re.search(rf"<!-- {name}:[^>]*-->\n(.*?)\n?<!-- /{name} -->", README, re.DOTALL)
@@ -65,8 +78,12 @@ def test_every_variable_that_the_code_reads_is_in_a_table() -> None:
 
 def test_every_error_code_is_used_and_every_used_one_is_in_the_table() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "errors.py")
+    timed_out = set(re.findall(r"_timed_out\(\s*\"([a-z_]+)\"", sources))
     used = set(re.findall(r"(?:RunnerError|_violates)\(\s*\"([a-z_]+)\"", sources))
-    assert used == set(errors.CODES)
+    by_cause = set(re.findall(r"\"([a-z_]+)\"", (ROOT / "calls.py").read_text())) & set(errors.CODES)
+    fallbacks = {operation.fallback for *_, operation in workloads.ROUTES}
+    kinds = {operation.conflict for *_, operation in workloads.ROUTES}
+    assert used | by_cause | fallbacks | kinds | timed_out == set(errors.CODES)
 
 
 def test_the_map_names_every_file_in_an_order_that_the_imports_keep() -> None:
@@ -130,6 +147,20 @@ def test_the_recipe_by_hand_works_as_it_stands(checkout: Path, runner: Runner) -
 def test_the_documented_commands_work_as_they_stand(checkout: Path, runner: Runner, begins: str, expected: str) -> None:
     line = next(line for block in shell_blocks() for line in block.splitlines() if line.startswith(begins))
     assert expected in run_in(checkout, line, runner)
+
+
+def test_the_worked_examples_of_the_runner_face(
+    checkout: Path, runner: Runner, image: str, names: Names, direct: EngineDirect
+) -> None:
+    start, run, events = (
+        block.replace("docker-runner/busybox", image).replace("demo", name)
+        for name in [names()]
+        for block in shell_blocks()
+        if "/v1/" in block and "docker-runner curl" in block
+    )
+    assert json.loads(run_in(checkout, start, runner))["status"] == "running"
+    assert json.loads(run_in(checkout, run, runner)) == {"stdout": "hello\n", "stderr": "", "exitCode": 3}
+    assert 'data: {"type":"event","event":{"status":"create"' in run_in(checkout, events, runner)
 
 
 def test_the_example_runs_a_container_and_shows_its_output(
