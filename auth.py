@@ -29,6 +29,8 @@ log = logging.getLogger("docker_runner.auth")
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+MAX_SHOWN = 4096
+"""Bytes of a string to sign up to which a refusal repeats it."""
 STREAMING = b"STREAMING-HMAC-SHA256"
 UNSIGNED_PATHS = (b"/v1/health", b"/v1/ready")
 _SINGLE = frozenset(
@@ -63,7 +65,8 @@ class Keyring(msgspec.Struct, frozen=True):
         """Read a secret file: one secret a line, `name:secret` for a named key; empty lines are passed over.
 
         Raises:
-            ValueError: there is no secret, or one stands under two names (then a signature would not say who asks).
+            ValueError: there is no secret, or one stands under two names (then a signature would not say who asks),
+                or holds a control character (HMAC takes zeros at its end for none).
         """
         secrets: list[tuple[str | None, str]] = []
         for line in text.split("\n"):
@@ -71,6 +74,8 @@ class Keyring(msgspec.Struct, frozen=True):
             if not line:
                 continue
             named = _NAMED_SECRET.fullmatch(line)
+            if not line.isprintable():
+                raise ValueError("holds a secret with a control character")
             secrets.append((named[1], named[2]) if named else (None, line))
         if not secrets:
             raise ValueError("holds no secret")
@@ -116,11 +121,10 @@ class NonceStore:
             raise RunnerError("replayed_nonce", "this nonce was used before")
         if not held and len(self._ends) >= self._limit:
             raise RunnerError("nonce_store_full", "no room to remember another nonce; try again soon")
-        if -held < end:
+        if not held:
             self._by_end.setdefault(end, []).append(digest)
-            self._ends[digest] = end
-        else:
-            self._ends[digest] = -held  # Released, and already in a list that ends no earlier.
+        # A released one is in a list already, and goes to a later one, if need be, when that list is dropped.
+        self._ends[digest] = max(end, -held)
 
     def release(self, digest: bytes) -> None:
         """Make a taken nonce usable again, by a repetition of the very same request."""
@@ -136,7 +140,10 @@ class NonceStore:
         for end in past:
             if end <= now_s:
                 for digest in self._by_end.pop(end, ()):
-                    if abs(self._ends.get(digest, 0)) == end:
+                    later = abs(self._ends[digest])
+                    if later > now_s:
+                        self._by_end.setdefault(later, []).append(digest)
+                    else:
                         del self._ends[digest]
         self._next_end = now_s + 1
 
@@ -263,14 +270,18 @@ class Verifier:
             if hmac.compare_digest(signature(secret, message), credentials.signature):
                 owner = secret_digest
         if owner is None:
-            shown = message.decode("latin-1").replace("\\", "\\\\").replace("\n", "\\n")
-            raise RunnerError(
-                "invalid_signature", "the signature does not match this request", details={"string_to_sign": shown}
-            )
+            raise RunnerError("invalid_signature", "the signature does not match this request", details=_shown(message))
         self.check_time(credentials)
         digest = blake2b(credentials.nonce, key=owner, digest_size=16).digest()
         self.nonces.take(digest, credentials.timestamp_ms + self._ttl_ms, self._now_ms)
         return digest
+
+
+def _shown(message: bytes) -> dict[str, str] | None:
+    """What should have been signed, its newlines escaped; nothing of a message so long that it would be an amplifier."""
+    if len(message) > MAX_SHOWN:
+        return None
+    return {"string_to_sign": message.decode("latin-1").replace("\\", "\\\\").replace("\n", "\\n")}
 
 
 class Connection(Protocol):
@@ -359,7 +370,7 @@ class Authentication:
                 connection.abort()
                 return
             admission.refused(error)
-            await _answer(scope, send, error)
+            await _answer(scope, send, error, last=not admission.admitted)
         except asyncio.CancelledError:
             if connection.disconnected:
                 return  # There is nobody to tell.
@@ -391,6 +402,7 @@ class _Admission:
         self._reserved = 0
         self._nonce: bytes | None = None
         self._body = NO_BODY
+        self.admitted = False
         target = connection.target
         self._target = target[len(layer._path_prefix) :] if target.startswith(layer._path_prefix + b"/") else target
 
@@ -407,6 +419,7 @@ class _Admission:
         unsigned = method in (b"GET", b"HEAD") and self._target.partition(b"?")[0] in UNSIGNED_PATHS
         if not (unsigned and scope["type"] == "http"):
             key = await self._verify(method, headers)
+        self.admitted = True
         scope["docker_runner.request"] = Request(method, self._target, headers, self._body, key, self._connection)
 
     async def _verify(self, method: bytes, headers: Headers) -> str | None:
@@ -503,8 +516,11 @@ def _announced_body(headers: Headers) -> tuple[bool, int]:
     return has_body, length
 
 
-async def _answer(scope: Scope, send: Send, error: RunnerError) -> None:
+async def _answer(scope: Scope, send: Send, error: RunnerError, *, last: bool = False) -> None:
+    """Send the answer that tells of an error; if `last`, the connection ends with it (strangers get no second try)."""
     status, headers, body = error.response()
     kind = "http" if scope["type"] == "http" else "websocket.http"
+    if last and kind == "http":
+        headers.append((b"connection", b"close"))
     await send({"type": f"{kind}.response.start", "status": status, "headers": headers})
     await send({"type": f"{kind}.response.body", "body": body, "more_body": False})

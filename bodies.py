@@ -7,6 +7,7 @@ a time, so that one upload does not delay the other requests.
 
 import asyncio
 import hashlib
+import logging
 import tempfile
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,8 @@ from typing import IO, TypeVar, cast
 
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
+
+log = logging.getLogger("docker_runner.bodies")
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -118,7 +121,9 @@ class Body:
         try:
             await self._in_thread(self._spool, piece)
         except OSError as error:
-            raise RunnerError("spool_failed", f"the body could not be kept on disk: {error.strerror}") from error
+            # Strangers may cause this: what exactly went wrong, and where, is for the log.
+            log.error("a request's body could not be kept in a temporary file: %s", error)
+            raise RunnerError("spool_failed", "the body could not be kept on disk; try again soon") from error
 
     def _spool(self, piece: bytearray) -> None:
         if self._file is None:

@@ -308,6 +308,7 @@ class _Connection(asyncio.Protocol):
         """
         self._parser = httptools.HttpResponseParser(self)
         self._method = method
+        self._asks_upgrade = b"\r\nupgrade:" in data.partition(b"\r\n\r\n")[0].lower()
         self._sent = whole
         self._repeatable = bare and self._used
         self._used = True
@@ -444,6 +445,8 @@ class _Connection(asyncio.Protocol):
         if 100 <= status < 200 and status != 101:
             self._headers = []
             return
+        if not (200 <= status < 600 or (status == 101 and self._asks_upgrade)):
+            raise ValueError("the engine sent a status that answers nothing")
         answer = self._answer
         assert answer is not None
         if self._limit is not None:
@@ -636,30 +639,33 @@ class Engine:
 
     async def _acquire(self, *, fresh: bool) -> _Connection:
         """A connection that stands: a kept one (unless `fresh`), else a new one, else what the queue brings."""
+        deadline = asyncio.get_running_loop().time() + self._queue_s
         while True:
-            while self._idle:
+            while self._idle and not fresh:
                 connection = self._idle.pop()
-                if not fresh and connection.alive():
+                if connection.alive():
                     return connection
                 connection.close()
+            if self._idle and not self._places:
+                self._idle.pop().close()  # A fresh one takes its place.
             if self._places:
                 self._places -= 1
                 return await self._connect()
-            freed = await self._queue()
+            freed = await self._queue(deadline)
             if freed is None:
                 return await self._connect()
             if not fresh and freed.alive():
                 return freed
             freed.close()
 
-    async def _queue(self) -> _Connection | None:
+    async def _queue(self, deadline: float) -> _Connection | None:
         """Wait for a freed connection, or (None) for a place that is now ours to open one in."""
         if len(self._waiting) >= MAX_WAITING:
             raise RunnerError("engine_busy", "too many requests wait for a connection to the engine; try again soon")
         turn: asyncio.Future[_Connection | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            async with asyncio.timeout(self._queue_s):
+            async with asyncio.timeout_at(deadline):
                 return await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():

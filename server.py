@@ -53,6 +53,10 @@ LINGER_BYTES = 1024 * 1024
 """Bytes of an unwanted body that are read and dropped, so that the caller gets to read the answer."""
 LINGER_S = 1.0
 """Seconds for that."""
+CLOSE_S = 30.0
+"""Seconds that a caller may take to read the rest of a last answer."""
+KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+"""Callers that vanish without a word, with their machine or a NAT entry, are noticed after two minutes."""
 BACKLOG = 2048
 """Connections that wait to be accepted; a burst past it costs its callers a second."""
 LAST_WORDS_S = 2.0
@@ -106,11 +110,11 @@ class _Caller:
 class Cycle(_Caller, RequestResponseCycle):
     """One HTTP request and its answer; it is the `auth.Connection` of its request."""
 
-    def __init__(self, target: bytes, linger: Callback, **uvicorns: Any) -> None:
+    def __init__(self, target: bytes, end: Callback, **uvicorns: Any) -> None:
         _Caller.__init__(self)
         RequestResponseCycle.__init__(self, **uvicorns)
         self.target = target
-        self._linger = linger
+        self._end = end
         self._head: bytes | None = None
         self._is_head_request = self.scope["method"] == "HEAD"
 
@@ -142,9 +146,9 @@ class Cycle(_Caller, RequestResponseCycle):
             return
         kind = message["type"]
         if kind == "http.response.start" and not self.response_started:
+            self._head = self._render_head(message["status"], message.get("headers", ()))
             self.response_started = True
             self.waiting_for_100_continue = False
-            self._head = self._render_head(message["status"], message.get("headers", ()))
             asyncio.get_running_loop().call_soon(self._flush_head)
         elif kind == "http.response.body" and self.response_started and not self.response_complete:
             self._send_body(message.get("body", b""), last=not message.get("more_body", False))
@@ -161,6 +165,9 @@ class Cycle(_Caller, RequestResponseCycle):
             if name.lower() == b"content-length":
                 self.expected_content_length = int(value)
                 self.chunked_encoding = False
+            if name.lower() == b"connection":
+                self.keep_alive = False  # The application says `close`; it is written below.
+                continue
             lines.append(b"%b: %b\r\n" % (name, value))
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
@@ -208,7 +215,7 @@ class Cycle(_Caller, RequestResponseCycle):
             self.response_complete = True
             self.message_event.set()
             if not self.keep_alive:
-                self._linger() if self.more_body else self.transport.close()
+                self._end()
             self.on_response()
 
 
@@ -275,6 +282,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer: TimerHandle | None = None
         self._in_head = False
         self._head_size = 0
+        self._fields_size = 0
         self._violation: RunnerError | None = None
         self._linger_left: int | None = None
         self._body_came = False
@@ -300,7 +308,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._linger_left is not None:
             self._linger_left -= len(data)
             if self._linger_left < 0:
-                self.transport.close()
+                self.transport.abort()
             return
         if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
             if data.strip(b"\r\n"):
@@ -335,7 +343,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # Not before: line breaks alone are no request.
         super().on_message_begin()
         self._in_head = True
-        self._head_size = 0
+        self._head_size = self._fields_size = 0
 
     def on_url(self, url: bytes) -> None:
         """httptools."""
@@ -348,8 +356,9 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._in_head:
             return
         super().on_header(name, value)
-        if len(self.headers) > MAX_FIELDS:
-            raise self._violates("headers_too_large", f"more than {MAX_FIELDS} header fields")
+        self._fields_size += len(name) + len(value) + 4
+        if len(self.headers) > MAX_FIELDS or len(self.url) + self._fields_size > MAX_HEAD:
+            raise self._violates("headers_too_large", f"more than {MAX_FIELDS} header fields or {MAX_HEAD} bytes")
 
     def on_headers_complete(self) -> None:
         """httptools. The head is whole: start the application."""
@@ -368,7 +377,7 @@ class HttpProtocol(HttpToolsProtocol):
         scope["query_string"] = query
         self.cycle = scope["docker_runner"] = Cycle(
             self.url,
-            self._linger,
+            self._end,
             scope=self.scope,
             transport=self.transport,
             flow=self.flow,
@@ -469,7 +478,15 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
-        self._head_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self._head_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def _end(self) -> None:
+        """The last answer was given: close, though not for ever waiting for a caller that does not read it."""
+        if self.cycle.more_body:
+            self._linger()
+        else:
+            self.transport.close()
+            self._head_timer = self.loop.call_later(CLOSE_S, self.transport.abort)
 
 
 class _BodyEvents:
@@ -554,11 +571,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
     Raises:
         OSError: the name is not known, or an address cannot be listened on.
     """
+    sockets = []
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return [
-        socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        for family, *_, address in dict.fromkeys(found)
-    ]
+    for family, *_, address in dict.fromkeys(found):
+        sock = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # Accepted sockets inherit these.
+        for option, value in KEEP_ALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sockets.append(sock)
+    return sockets
 
 
 def create_server(

@@ -270,3 +270,30 @@ def test_a_path_prefix_of_a_proxy_is_taken_off_before_verification(engine: Engin
             assert behind.request("GET", "/runner" + target, headers=headers).status == 200
         assert behind.request("GET", "/_ping").status == 200
         assert behind.request("GET", "/runner/_ping").status == 401
+
+
+def test_a_caller_that_never_reads_its_refusals_is_let_go(engine: Engine) -> None:
+    with Runner(engine.socket) as alone, contextlib.ExitStack() as held:
+        alone.request("GET", "/_ping")
+        idle = alone.sockets()
+        bad = signed_head("GET", "/version?" + "x" * 60_000).replace(b"Signature: ", b"Signature: A")
+        for _ in range(5):
+            sock = held.enter_context(alone.connect())
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                for _ in range(80):
+                    sock.send(bad)
+        deadline = time.monotonic() + 10
+        while alone.sockets() > idle and time.monotonic() < deadline:
+            alone.request("GET", "/_ping")
+        assert alone.sockets() <= idle
+
+
+def test_callers_that_vanish_are_looked_for(runner: Runner) -> None:
+    with runner.connect() as sock:
+        sock.sendall(signed_head("GET", "/_ping"))
+        assert sock.recv(4096)
+        port = sock.getsockname()[1]
+        lines = Path(f"/proc/{runner.process.pid}/net/tcp").read_text().splitlines()
+        ours = next(line for line in lines if f":{port:04X} 01" in line)
+        assert ours.split()[5].startswith("02:")  # A keep-alive timer runs; see proc(5), net/tcp.
