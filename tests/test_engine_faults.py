@@ -208,6 +208,24 @@ def another_protocol(peer: Peer) -> None:
     peer.wait_closed()
 
 
+def a_status_that_answers_nothing(peer: Peer) -> None:
+    peer.read_request()
+    peer.send(b"HTTP/1.1 000 Z\r\nContent-Length: 0\r\n\r\n")
+    peer.wait_closed()
+
+
+def a_status_past_all(peer: Peer) -> None:
+    peer.read_request()
+    peer.send(b"HTTP/1.1 999 Z\r\nContent-Length: 0\r\n\r\n")
+    peer.wait_closed()
+
+
+def an_upgrade_that_nobody_asked_for(peer: Peer) -> None:
+    peer.read_request()
+    peer.send(b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nraw")
+    peer.wait_closed()
+
+
 def garbage_within_the_head(peer: Peer) -> None:
     peer.read_request()
     peer.send(b"HTTP/1.1 200 OK\r\nno colon here\r\n\r\n")
@@ -263,6 +281,9 @@ NO_ANSWER: list[tuple[Script, str]] = [
     (cut_after_an_interim_answer, "engine_cut_head"),
     (another_protocol, "engine_garbage"),
     (garbage_within_the_head, "engine_garbage"),
+    (a_status_that_answers_nothing, "engine_garbage"),
+    (a_status_past_all, "engine_garbage"),
+    (an_upgrade_that_nobody_asked_for, "engine_garbage"),
     (a_length_that_is_no_number, "engine_garbage"),
     (two_lengths, "engine_garbage"),
     (a_head_too_long, "engine_garbage"),
