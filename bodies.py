@@ -11,7 +11,8 @@ import logging
 import tempfile
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
-from typing import IO, TypeVar, cast
+from io import FileIO
+from typing import TypeVar, cast
 
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
@@ -56,7 +57,7 @@ class Body:
         self.size = 0
         self._memory = bytearray()
         self._hash: hashlib._Hash | None = None
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._work: asyncio.Future[object] | None = None
 
     async def write(self, chunk: bytes) -> None:
@@ -94,9 +95,20 @@ class Body:
         while piece := await self._in_thread(self._file.read, IN_MEMORY):
             yield piece
 
-    async def read(self) -> bytes:
-        """The whole body in memory."""
-        return self.data if self.data is not None else b"".join([piece async for piece in self.chunks()])
+    async def read(self) -> bytes | bytearray:
+        """The whole body in memory, once."""
+        if self._file is None:
+            return bytes(self._memory)
+        whole = bytearray(self.size)
+        await self._in_thread(self._file.seek, 0)
+        view = memoryview(whole)
+        while view and (size := await self._in_thread(self._read_into, view)):
+            view = view[size:]
+        return whole
+
+    def _read_into(self, view: memoryview) -> int:
+        assert self._file is not None
+        return self._file.readinto(view)
 
     def close(self) -> None:
         """Free the memory and the temporary file."""

@@ -75,12 +75,16 @@ class Calls:
         engine: who is asked.
         operation: for whom.
         tasks: holds what goes on in the background.
+        head_s: how long the engine may take to begin an answer that is only looked up.
     """
 
-    def __init__(self, engine: Engine, operation: Operation, tasks: "set[asyncio.Task[Any]]") -> None:
+    def __init__(
+        self, engine: Engine, operation: Operation, tasks: "set[asyncio.Task[Any]]", head_s: float | None = None
+    ) -> None:
         self.engine = engine
         self.operation = operation
         self._tasks = tasks
+        self._head_s = head_s
 
     def background(self, work: Coroutine[Any, Any, R]) -> "asyncio.Task[R]":
         """Run something that goes on if its caller leaves; held until it ends (the event loop would let it go)."""
@@ -131,14 +135,20 @@ class Calls:
     async def call(
         self, method: str, path: str, query: Mapping[str, str | int | bool | None] | None = None, **more: Any
     ) -> bytes:
-        """A whole call: the body of the answer. Arguments and errors as `open`."""
+        """A whole call: the body of the answer. Arguments and errors as `open`; a look-up has a time limit."""
+        if method == "GET":
+            more["head_s"] = self._head_s
         with await self.open(method, path, query, **more) as response:
             return await response.read(MAX_ANSWER)
 
     def failure(self, status: int, body: bytes, thing: Thing | None = None) -> RunnerError:
         """The engine's error as the runner's: its status, its message, the code by cause."""
         message = _message(body) or f"the engine answered {status}"
+        if not 400 <= status < 600:
+            return RunnerError("engine_garbage", f"the engine answered {status}, which says nothing here: {message}")
         match status:
+            case 404 if message.lower().startswith("could not find the file"):
+                code = self.operation.fallback  # A path within a container, which is there.
             case 404 if message.lower().startswith(("network ", "no such network")):
                 code = _MISSING[Thing.NETWORK]
             case 404:
@@ -154,6 +164,18 @@ class Calls:
         return RunnerError(code, message, status=status, retryable=self.operation.clean and status >= 500)
 
 
+def decoded(answer: bytes, form: type[R]) -> R:
+    """The engine's JSON as a type.
+
+    Raises:
+        RunnerError: `engine_garbage`: it is none, or of another form.
+    """
+    try:
+        return msgspec.json.decode(answer, type=form)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RunnerError("engine_garbage", f"the engine's answer is not what was asked for: {error}") from error
+
+
 def _text(value: str | int | bool) -> str:
     return ("1" if value else "0") if isinstance(value, bool) else str(value)
 
@@ -165,5 +187,5 @@ class _EngineError(msgspec.Struct):
 def _message(body: bytes) -> str:
     try:
         return msgspec.json.decode(body, type=_EngineError).message
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return body[:500].decode("utf-8", "replace").strip()

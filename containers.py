@@ -1,14 +1,13 @@
 """Containers and volumes of the runner face: start, stop, remove, look up, upload."""
 
 import asyncio
-import contextlib
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 import images
-from calls import Calls, Thing, segment
+from calls import MAX_ANSWER, Calls, Thing, decoded, segment
 from errors import RunnerError
 
 PLATFORM_LABEL = "hautech.ai/platform"
@@ -41,8 +40,25 @@ def environment(env: dict[str, str] | list[str]) -> list[str]:
     return [f"{name}={value}" for name, value in env.items()] if isinstance(env, dict) else env
 
 
-def create_body(start: Start, image: str) -> tuple[dict[str, Any], str | None]:
-    """The body of the engine's `ContainerCreate`, and the container's name."""
+class _Extras(msgspec.Struct, rename="pascal"):
+    """What is read of `createExtras`; the rest is the engine's business."""
+
+    host_config: dict[str, Any] = {}
+    image: Name | UnsetType = UNSET
+    name: Name | UnsetType = msgspec.field(default=UNSET, name="name")
+
+
+def create_body(start: Start, default_image: str) -> tuple[dict[str, Any], str | None]:
+    """The body of the engine's `ContainerCreate`, and the container's name.
+
+    Raises:
+        RunnerError: `validation_error`.
+    """
+    extras = dict(start.create_extras) if start.create_extras is not UNSET else {}
+    try:
+        read = msgspec.convert(extras, _Extras)
+    except msgspec.ValidationError as error:
+        raise RunnerError("validation_error", f"createExtras: {error}") from error
     labels = dict(start.labels) if start.labels is not UNSET else {}
     if start.platform is not UNSET:
         labels[PLATFORM_LABEL] = start.platform
@@ -53,7 +69,7 @@ def create_body(start: Start, image: str) -> tuple[dict[str, Any], str | None]:
         "Privileged": start.privileged,
     }
     body: dict[str, Any] = {
-        "Image": image,
+        "Image": default_image if start.image is UNSET else start.image,
         "Cmd": start.cmd,
         "Entrypoint": UNSET if start.entrypoint is UNSET else [start.entrypoint],
         "Env": UNSET if start.env is UNSET else environment(start.env),
@@ -62,13 +78,10 @@ def create_body(start: Start, image: str) -> tuple[dict[str, Any], str | None]:
         "Labels": labels,
         "Volumes": UNSET if start.anonymous_volumes is UNSET else {path: {} for path in start.anonymous_volumes},
     }
-    extras = dict(start.create_extras) if start.create_extras is not UNSET else {}
-    name = extras.pop("name", None if start.name is UNSET else start.name)
-    extra_host = extras.pop("HostConfig", None)
-    if isinstance(extra_host, dict):
-        host |= extra_host
-    body["HostConfig"] = _given(host)
-    return _given(body | extras), name
+    name = start.name if read.name is UNSET else read.name
+    extras.pop("name", None)
+    extras["HostConfig"] = _given(host | read.host_config)
+    return _given(body | extras), None if name is UNSET else name
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
@@ -85,17 +98,19 @@ async def start(calls: Calls, request: Start, default_image: str) -> dict[str, s
     Raises:
         RunnerError: the engine or the registry refused or failed; nothing is left behind.
     """
-    image = default_image if request.image is UNSET else request.image
-    platform = None if request.platform is UNSET else request.platform
-    await images.ensure(calls, image, platform)
-    body, name = create_body(request, image)
+    body, name = create_body(request, default_image)
+    platform = request.platform or None
+    await images.ensure(calls, body["Image"], platform)
     creating = calls.background(_create(calls, body, name, platform))
     try:
         # Shielded: the engine may create a container for a caller who has left, and only its answer tells which.
         container = await asyncio.shield(creating)
         await calls.call("POST", f"/containers/{container}/start")
-    except BaseException:
-        await asyncio.shield(calls.background(_remove_created(calls, creating)))
+    except BaseException as error:
+        left = await asyncio.shield(calls.background(_remove_created(calls, creating)))
+        if left is not None and isinstance(error, RunnerError):
+            message = f"{error.message} (and what was created is left behind: {left.message})"
+            raise RunnerError(error.code, message, status=error.status, retryable=False) from error
         raise
     return {"containerId": container, **({"name": name} if name is not None else {}), "status": "running"}
 
@@ -103,20 +118,29 @@ async def start(calls: Calls, request: Start, default_image: str) -> dict[str, s
 async def _create(calls: Calls, body: dict[str, Any], name: str | None, platform: str | None) -> str:
     query = {"name": name, "platform": platform}
     answer = await calls.call("POST", "/containers/create", query, json=body, thing=Thing.IMAGE)
-    return msgspec.json.decode(answer, type=_Created).id
+    return decoded(answer, _Created).id
 
 
-async def _remove_created(calls: Calls, creating: asyncio.Task[str]) -> None:
-    with contextlib.suppress(RunnerError):
+async def _remove_created(calls: Calls, creating: asyncio.Task[str]) -> RunnerError | None:
+    """Remove what was created, if anything; returns why it is still there."""
+    try:
         container = await creating
+    except RunnerError:
+        return None
+    try:
+        # 404 and 409: the engine removes it by itself.
         await calls.call("DELETE", f"/containers/{container}", {"force": True, "v": True}, accept=(404, 409))
+    except RunnerError as error:
+        return error
+    return None
 
 
 async def stop(calls: Calls, container: str, timeout_s: int) -> int:
     """Stop a container; returns 204, or 304 if it did not run."""
     path = f"/containers/{segment(Thing.CONTAINER, container)}/stop"
     with await calls.open("POST", path, {"t": timeout_s}, accept=(304,)) as response:
-        return response.status
+        await response.read(MAX_ANSWER)
+        return 304 if response.status == 304 else 204
 
 
 async def remove(calls: Calls, container: str, *, force: bool, volumes: bool) -> None:
@@ -148,7 +172,7 @@ class Inspected(msgspec.Struct, rename="pascal"):
 
 async def inspected(calls: Calls, container: str) -> Inspected:
     """A container's labels, terminal and networks."""
-    return msgspec.json.decode(await inspect(calls, container), type=Inspected)
+    return decoded(await inspect(calls, container), Inspected)
 
 
 class _Mount(msgspec.Struct, rename="pascal"):
@@ -159,19 +183,24 @@ class _Mount(msgspec.Struct, rename="pascal"):
 class _Listed(msgspec.Struct, rename="pascal"):
     id: str
     created: int
+    labels: dict[str, str] | None = None
     mounts: list[_Mount] = []
 
 
 async def _list(calls: Calls, filters: dict[str, list[str]], *, all_: bool) -> list[_Listed]:
     query: dict[str, str | int | bool | None] = {"all": all_, "filters": msgspec.json.encode(filters).decode()}
-    found = msgspec.json.decode(await calls.call("GET", "/containers/json", query), type=list[_Listed])
+    found = decoded(await calls.call("GET", "/containers/json", query), list[_Listed])
     return sorted(found, key=lambda listed: (listed.created, listed.id))
 
 
 async def find_by_labels(calls: Calls, labels: dict[str, str], *, all_: bool) -> list[str]:
-    """Ids of the containers with all of these labels, oldest first."""
-    wanted = [f"{name}={value}" for name, value in labels.items()]
-    return [listed.id for listed in await _list(calls, {"label": wanted}, all_=all_)]
+    """Ids of the containers with all of these labels, oldest first.
+
+    The engine's filter ends a label's name at the first `=`; names that hold one are compared here.
+    """
+    wanted = [f"{name}={value}" for name, value in labels.items() if "=" not in name]
+    found = await _list(calls, {"label": wanted} if wanted else {}, all_=all_)
+    return [each.id for each in found if labels.items() <= (each.labels or {}).items()]
 
 
 async def list_by_volume(calls: Calls, volume: str) -> list[str]:

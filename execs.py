@@ -1,18 +1,25 @@
 """Commands in containers: run to their end within time limits, or interactive over a WebSocket.
 
 An exec's connection is taken over from the engine (101) before anything else is asked, so that output which comes at
-once is not lost. It ends when the process has closed its output; only then is the exit code asked for.
+once is not lost. It ends when the process has closed its output; only then is the exit code asked for. A process that
+closed its output and runs on is waited for.
+
+A terminal's input cannot be ended by closing it: the engine would close the output with it, and the process would
+never know. What ends it is what a person types, Ctrl-D. Nor does the engine pass it on unread: at a sequence of keys
+(Ctrl-P, Ctrl-Q, unless told otherwise) it detaches, so it is given one that nobody types.
 """
 
 import asyncio
 import codecs
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from admission import Connection
 from calls import Calls, Thing, segment
 from dockerapi import EngineResponse
 from errors import RunnerError
@@ -21,17 +28,24 @@ from streams import STDERR, STDOUT, FrameReader, FramingError, Tail
 KILL_GRACE_S = 10
 """Seconds that a container gets to end by itself, when a timed-out exec has it stopped."""
 EXIT_LIMIT_S = 10.0
-"""Seconds between the end of an exec's output and its exit code; the engine needs a moment to note it."""
+"""Seconds between the end of a process and its exit code; the engine needs a moment to note it."""
+EXIT_POLL_S = (0.005, 0.25)
+"""Seconds between two questions for an exit code, at first and at last."""
+LEAVE_LIMIT_S = 10.0
+"""Seconds for a client that has said goodbye to take what is on its way to it."""
+LAST_INPUT_S = 0.2
+"""Seconds for the end of the input to leave, before the engine's connection is closed."""
 LAST_OUTPUT = 256 * 1024
 """Bytes of output that an exit frame repeats, of each stream."""
 
+_END_OF_TRANSMISSION = b"\x04"
 _UPGRADE = ((b"Connection", b"Upgrade"), (b"Upgrade", b"tcp"))
 
 # Runs "$@", copying its output to the first process's: for logs that show what execs said. The copies must not
-# change the outcome: a `tee` that cannot write there still passes on what it reads.
+# change the outcome: a `tee` that cannot write there, or no longer (SIGPIPE), still passes on what it reads.
 _LOG_TO_PID1 = (
-    'exec 4>&1; { { "$@" 2>&3 3>&- 4>&- | { tee /proc/1/fd/1 >&4 3>&- 2>/dev/null; true; }; } 3>&1'
-    " | { tee /proc/1/fd/2 >&2 2>/dev/null; true; }; }"
+    'exec 4>&1; { { "$@" 2>&3 3>&- 4>&- | { trap "" PIPE; tee /proc/1/fd/1 >&4 3>&- 2>/dev/null; true; }; } 3>&1'
+    ' | { trap "" PIPE; tee /proc/1/fd/2 >&2 2>/dev/null; true; }; }'
 )
 
 
@@ -59,6 +73,7 @@ class Exec:
         self._stream = stream
         self._tty = tty
         self._input_ended = False
+        self._within_line = False
 
     @classmethod
     async def start(cls, calls: Calls, container: str, config: dict[str, Any]) -> "Exec":
@@ -68,10 +83,18 @@ class Exec:
             calls: the engine.
             container: id, prefix or name.
             config: fields of the engine's `ContainerExec`.
+
+        Raises:
+            RunnerError: the engine refused, failed, or could not be reached.
         """
         path = f"/containers/{segment(Thing.CONTAINER, container)}/exec"
-        created = msgspec.json.decode(await calls.call("POST", path, json=config), type=_Created)
         tty = bool(config.get("Tty"))
+        if tty:
+            config = {**config, "DetachKeys": ",".join(("ctrl-^", *secrets.token_hex(8)))}
+        try:
+            created = msgspec.json.decode(await calls.call("POST", path, json=config), type=_Created)
+        except msgspec.DecodeError as error:
+            raise RunnerError("engine_garbage", f"the engine created an exec and gave no id: {error}") from error
         stream = await calls.open(
             "POST", f"/exec/{created.id}/start", json={"Detach": False, "Tty": tty}, headers=_UPGRADE, thing=Thing.EXEC
         )
@@ -98,42 +121,60 @@ class Exec:
 
     async def write(self, data: bytes) -> None:
         """Give it input; waits while it does not read. After the input's or the process's end this does nothing."""
-        if not self._input_ended:
+        if data and not self._input_ended:
+            self._within_line = data[-1:] not in b"\r\n"
             with contextlib.suppress(RunnerError):
                 await self._stream.write(data)
 
-    def end_input(self) -> None:
-        """End its input; may be said more than once."""
-        if not self._input_ended:
-            self._input_ended = True
+    async def end_input(self) -> None:
+        """End its input; may be said more than once. Waits while it does not read."""
+        if self._input_ended:
+            return
+        self._input_ended = True
+        if self._tty:
+            # Within a line the first only hands over what was typed of it.
+            with contextlib.suppress(RunnerError):
+                await self._stream.write(_END_OF_TRANSMISSION * (2 if self._within_line else 1))
+        else:
             self._stream.write_eof()
 
     async def exit_code(self) -> int:
-        """Its exit code, once its output has ended.
+        """Its exit code, once its output has ended; waits while it runs on without any.
 
         Raises:
             RunnerError: `exec_failed`: the engine does not say. The command may have run: never retryable.
         """
+        now = asyncio.get_running_loop().time
+        pause_s, longest_s = EXIT_POLL_S
         try:
-            async with asyncio.timeout(EXIT_LIMIT_S):
+            async with asyncio.timeout(EXIT_LIMIT_S) as patience:
                 while True:
                     answer = await self._calls.call("GET", f"/exec/{self.id}/json", thing=Thing.EXEC)
                     state = msgspec.json.decode(answer, type=_State)
-                    if not state.running and state.exit_code is not None:
+                    if state.running:
+                        patience.reschedule(now() + EXIT_LIMIT_S)
+                    elif state.exit_code is not None:
                         return state.exit_code
-                    await asyncio.sleep(0.01)
-        except (RunnerError, TimeoutError) as error:
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, longest_s)
+        except TimeoutError:
+            raise RunnerError("exec_failed", "the exec ended, but the engine does not say how") from None
+        except (RunnerError, msgspec.DecodeError) as error:
             raise RunnerError("exec_failed", f"the exec ended, but not how is known: {error}") from error
 
     async def resize(self, rows: int, cols: int) -> None:
         """Set the size of its terminal."""
         await resize(self._calls, self.id, rows, cols)
 
+    def close(self) -> None:
+        """Close its connection now; whether the process goes on is its own affair."""
+        self._stream.close()
+
     def __enter__(self) -> "Exec":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stream.close()
+        self.close()
 
 
 async def resize(calls: Calls, exec_id: str, rows: int, cols: int) -> None:
@@ -228,13 +269,19 @@ async def _quietly(calls: Calls, path: str) -> None:
         await calls.call("POST", path, {"t": KILL_GRACE_S}, accept=(304,))
 
 
-class _FromClient(msgspec.Struct):
-    """A frame of the client's. Unknown types are ignored."""
+class _Frame(msgspec.Struct):
+    """Any frame of the client's: what it is; the rest is decoded by that. Unknown types are ignored."""
 
     type: str = ""
+
+
+class _Stdin(msgspec.Struct):
     data: bytes = b""
-    cols: int = 0
-    rows: int = 0
+
+
+class _Size(msgspec.Struct):
+    cols: int
+    rows: int
 
 
 class Session:
@@ -242,7 +289,7 @@ class Session:
 
     Args:
         socket: accepted.
-        process: started.
+        process: started; its connection is closed by who started it.
         merged: stderr goes in `stdout` frames.
     """
 
@@ -255,19 +302,40 @@ class Session:
     async def run(self) -> None:
         """Carry bytes both ways until the process ends; the exit frame comes last.
 
+        If the client leaves, this ends by the cancellation that its connection's loss brings.
+
         Raises:
             RunnerError: the engine's connection broke.
         """
-        await send(self._socket, {"type": "ready", "execId": self._process.id})
+        sending = asyncio.ensure_future(self._send_output())
         reading = asyncio.ensure_future(self._read_client())
         try:
-            async for stream, piece in self._process.output():
-                stream = STDOUT if self._merged else stream
-                self._last[stream].add(piece)
-                await send(self._socket, {"type": "stdout" if stream == STDOUT else "stderr", "data": piece})
-            code = await self._process.exit_code()
+            await asyncio.wait((sending, reading), return_when=asyncio.FIRST_COMPLETED)
+            # Reading ends by an exception only, and comes first: once the client has left, nothing else matters.
+            if reading.done():
+                reading.result()
+            sending.result()
+        except WebSocketDisconnect:
+            self._process.close()
+            connection: Connection = self._socket.scope["docker_runner"]
+            await asyncio.sleep(LEAVE_LIMIT_S)
+            connection.abort()
+            await asyncio.sleep(LEAVE_LIMIT_S)
         finally:
+            sending.cancel()
             reading.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_INPUT_S):
+                    await self._process.end_input()
+            await asyncio.gather(sending, reading, return_exceptions=True)
+
+    async def _send_output(self) -> None:
+        await send(self._socket, {"type": "ready", "execId": self._process.id})
+        async for stream, piece in self._process.output():
+            stream = STDOUT if self._merged else stream
+            self._last[stream].add(piece)
+            await send(self._socket, {"type": "stdout" if stream == STDOUT else "stderr", "data": piece})
+        code = await self._process.exit_code()
         ended = {"stdout": self._last[STDOUT].get(), "stderr": self._last[STDERR].get()}
         await send(self._socket, {"type": "exit", "execId": self._process.id, "exitCode": code, **ended})
 
@@ -276,10 +344,10 @@ class Session:
         while True:
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
-                return  # The connection's loss ends the whole session; see `auth.Authentication`.
+                raise WebSocketDisconnect(message["code"])
             try:
                 await self._take(message)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 await send(
                     self._socket,
                     {"type": "error", "error": f"not understood: {error}", **_error_fields("invalid_json")},
@@ -291,14 +359,16 @@ class Session:
         if message.get("bytes") is not None:
             await self._process.write(message["bytes"])
             return
-        frame = msgspec.json.decode(message.get("text") or "{}", type=_FromClient)
-        match frame.type:
+        text = message.get("text") or "{}"
+        match msgspec.json.decode(text, type=_Frame).type:
             case "stdin":
-                await self._process.write(frame.data)
+                await self._process.write(msgspec.json.decode(text, type=_Stdin).data)
             case "close" | "eof":
-                self._process.end_input()
-            case "resize" if frame.rows > 0 and frame.cols > 0:
-                await self._process.resize(frame.rows, frame.cols)
+                await self._process.end_input()
+            case "resize":
+                size = msgspec.json.decode(text, type=_Size)
+                if size.rows > 0 and size.cols > 0:
+                    await self._process.resize(size.rows, size.cols)
 
 
 async def send(socket: WebSocket, frame: dict[str, Any]) -> None:

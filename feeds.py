@@ -4,22 +4,24 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from auth import Connection
+from admission import Connection
 from calls import Calls, Thing, segment
 from containers import inspected
 from dockerapi import EngineResponse
 from errors import RunnerError
-from streams import KEEP_ALIVE, FrameCutter, LineFramer, sse
+from streams import KEEP_ALIVE, FrameCutter, FramingError, LineFramer, sse
 
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")]
 END = sse(b'{"type":"end"}')
+MAX_EVENT = 64 * 1024 * 1024
+"""Security limit: bytes of one event. It may be long: the event of an exec's creation holds the whole command."""
 
 
 class Feed(Response):
@@ -33,7 +35,7 @@ class Feed(Response):
     """
 
     def __init__(
-        self, messages: AsyncIterator[bytes], *, keep_alive_s: float, close: Callable[[], None], endless: bool
+        self, messages: AsyncGenerator[bytes, None], *, keep_alive_s: float, close: Callable[[], None], endless: bool
     ) -> None:
         super().__init__()
         self._messages = messages
@@ -55,9 +57,10 @@ class Feed(Response):
             alive = asyncio.ensure_future(self._show_life(send))
             last = b""
             try:
-                async for piece in self._messages:
-                    self._quiet = False
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                async with contextlib.aclosing(self._messages):
+                    async for piece in self._messages:
+                        self._quiet = False
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
             except RunnerError as error:
                 last = error_message(error)
             except asyncio.CancelledError:
@@ -102,12 +105,15 @@ async def logs(calls: Calls, container: str, query: dict[str, Any], keep_alive_s
     )
 
 
-async def _log_messages(response: EngineResponse, *, tty: bool) -> AsyncIterator[bytes]:
+async def _log_messages(response: EngineResponse, *, tty: bool) -> AsyncGenerator[bytes, None]:
     cutter = FrameCutter()
-    async for chunk in response.chunks():
-        whole = chunk if tty else cutter.feed(chunk)
-        if whole:
-            yield _chunk(whole)
+    try:
+        async for chunk in response.chunks():
+            whole = chunk if tty else cutter.feed(chunk)
+            if whole:
+                yield _chunk(whole)
+    except FramingError as error:
+        raise RunnerError("engine_garbage", f"the engine's log is no multiplexed stream: {error}") from error
     if tail := cutter.tail():
         yield _chunk(tail)
     yield END
@@ -152,22 +158,34 @@ async def events(
     return Feed(_event_messages(response), keep_alive_s=keep_alive_s, close=response.close, endless=True)
 
 
-async def _event_messages(response: EngineResponse) -> AsyncIterator[bytes]:
-    framer = LineFramer()
+async def _event_messages(response: EngineResponse) -> AsyncGenerator[bytes, None]:
+    framer = LineFramer(max_line=MAX_EVENT)
     async for chunk in response.chunks():
         lines = framer.feed(chunk).splitlines()
+        if framer.within_line:
+            raise RunnerError("events_failed", f"an event is longer than {MAX_EVENT} bytes")
         if lines:
             yield b"".join(sse(b'{"type":"event","event":' + line + b"}") for line in lines if line.strip())
     raise RunnerError("events_failed", "the engine ended the stream of events")
 
 
-def pull_feed(progress: AsyncIterator[bytes] | None, keep_alive_s: float) -> Feed:
-    """A pull's progress as messages, then its end; None where there is nothing to pull."""
-    return Feed(_pull_messages(progress), keep_alive_s=keep_alive_s, close=lambda: None, endless=False)
+async def pull_feed(progress: AsyncIterator[bytes], keep_alive_s: float) -> Feed:
+    """A pull's progress as messages, then its end. What fails before there is any is still an HTTP error.
+
+    Raises:
+        RunnerError: as the progress does.
+    """
+    first = await anext(progress, None)
+    return Feed(_pull_messages(first, progress), keep_alive_s=keep_alive_s, close=lambda: None, endless=False)
 
 
-async def _pull_messages(progress: AsyncIterator[bytes] | None) -> AsyncIterator[bytes]:
-    if progress is not None:
+async def _pull_messages(first: bytes | None, progress: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    if first is not None:
+        yield _progress(first)
         async for line in progress:
-            yield sse(b'{"type":"progress","event":' + line.strip() + b"}")
+            yield _progress(line)
     yield END
+
+
+def _progress(line: bytes) -> bytes:
+    return sse(b'{"type":"progress","event":' + line.strip() + b"}")

@@ -6,49 +6,67 @@ from urllib.parse import quote
 
 import msgspec
 
-from calls import Calls, Thing
+from calls import MAX_ANSWER, Calls, Thing, decoded
 from errors import RunnerError
 from streams import LineFramer
 
+ARCHITECTURES = ("amd64", "arm64")
+"""Of these the name in a platform is the name in an image; others have several."""
+
 
 def split_reference(image: str) -> tuple[str, str]:
-    """A reference as repository and tag (or digest); `latest` where it names neither."""
+    """A reference as repository and tag (or digest); `latest` where it names neither.
+
+    Raises:
+        RunnerError: `bad_parameter`: it would be another path, or mean more than one image.
+    """
     repository, at, digest = image.partition("@")
-    if at:
-        # A tag beside a digest says nothing more, and the engine refuses both together.
-        head, colon, tag = repository.rpartition(":")
-        return (head if colon and "/" not in tag else repository), digest
-    head, colon, tag = image.rpartition(":")
-    if colon and "/" not in tag:
-        return head, tag
-    return image, "latest"
-
-
-def _image_path(image: str) -> str:
-    """The path of an image's inspect; slashes are part of its name."""
-    parts = image.split("/")
-    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+    head, colon, tag = repository.rpartition(":")
+    if not colon or "/" in tag:
+        head, tag = repository, "latest"
+    version = digest if at else tag  # A tag beside a digest says nothing more, and the engine refuses both together.
+    escapes = any(part in ("", ".", "..") or "\0" in part for part in image.split("/"))
+    # Without a tag behind its colon, the engine would pull every tag that there is.
+    if escapes or not version or ":" in head.rpartition("/")[2]:
         raise RunnerError("bad_parameter", f"invalid reference format: {image}", status=400)
-    return f"/images/{quote(image, safe='/:@')}/json"
+    return head, version
+
+
+def _inspect_path(image: str) -> str:
+    repository, tag = split_reference(image)
+    name = f"{repository}{'@' if '@' in image else ':'}{tag}"
+    return f"/images/{quote(name, safe='/:@')}/json"
 
 
 async def is_present(calls: Calls, image: str) -> bool:
     """Whether the engine has the image."""
-    repository, tag = split_reference(image)
-    separator = "@" if "@" in image else ":"
-    path = _image_path(f"{repository}{separator}{tag}")
-    with await calls.open("GET", path, thing=Thing.IMAGE, accept=(404,)) as response:
-        await response.read(1 << 26)
+    with await calls.open("GET", _inspect_path(image), thing=Thing.IMAGE, accept=(404,)) as response:
+        await response.read(MAX_ANSWER)
         return response.status == 200
+
+
+class _Inspected(msgspec.Struct, rename="pascal"):
+    os: str
+    architecture: str
+
+
+async def _check_platform(calls: Calls, image: str, platform: str) -> None:
+    """The engine pulls an image of one platform whatever platform was asked for, and says nothing."""
+    wanted = platform.split("/")[:2]
+    if wanted[-1] in ARCHITECTURES:
+        found = decoded(await calls.call("GET", _inspect_path(image), thing=Thing.IMAGE), _Inspected)
+        if wanted != [found.os, found.architecture]:
+            message = f"image {image} is for {found.os}/{found.architecture}, not for the wanted platform {platform}"
+            raise RunnerError("no_such_image", message, status=404)
 
 
 async def pull(calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None) -> AsyncIterator[bytes]:
     """Pull an image; yields the engine's progress, a JSON document each, as it comes.
 
     Raises:
-        RunnerError: the engine or the registry refused or failed, before or within the progress.
+        RunnerError: the engine or the registry refused or failed, before or within the progress; or what it pulled is
+            for another platform.
     """
-    _image_path(image)
     repository, tag = split_reference(image)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if auth is not None:
@@ -63,6 +81,8 @@ async def pull(calls: Calls, image: str, platform: str | None, auth: Mapping[str
                     yield line
         if framer.tail().strip():
             raise RunnerError("image_ensure_failed", "the pull's progress broke off")
+    if platform is not None:
+        await _check_platform(calls, image, platform)
 
 
 class _Progress(msgspec.Struct):
@@ -72,19 +92,25 @@ class _Progress(msgspec.Struct):
 def _raise_for(line: bytes) -> None:
     try:
         progress = msgspec.json.decode(line, type=_Progress)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RunnerError("image_ensure_failed", f"the pull's progress is not JSON: {error}") from error
     if progress.error is not None:
         raise RunnerError("image_ensure_failed", progress.error)
 
 
-async def ensure(calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None = None) -> None:
+async def ensuring(
+    calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None = None
+) -> AsyncIterator[bytes]:
     """Have the image on the engine: nothing is pulled if it is there, unless a platform is asked for.
 
-    Raises:
-        RunnerError: as `pull`.
+    Yields and raises as `pull`.
     """
-    if platform is None and await is_present(calls, image):
-        return
-    async for _ in pull(calls, image, platform, auth):
+    if platform is not None or not await is_present(calls, image):
+        async for line in pull(calls, image, platform, auth):
+            yield line
+
+
+async def ensure(calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None = None) -> None:
+    """As `ensuring`, the progress left aside."""
+    async for _ in ensuring(calls, image, platform, auth):
         pass

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.types import Receive, Scope, Send
 
 import policy
-from auth import Connection, Request
+from admission import Connection, Request
 from bodies import NO_BODY
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError

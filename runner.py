@@ -14,7 +14,8 @@ from dotenv import load_dotenv
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import commands
-from auth import Authentication, Limits, Verifier, wall_clock_ms
+from admission import Authentication, Limits
+from auth import Verifier, wall_clock_ms
 from client import __version__
 from dockerapi import Engine
 from proxy import EngineFace
@@ -48,6 +49,7 @@ class App:
         options = Options(
             default_image=settings.default_image,
             max_output=settings.max_output,
+            head_s=settings.engine_head_s,
             keep_alive_s=settings.sse_keep_alive_s,
             event_buffer=settings.event_buffer,
         )

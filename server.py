@@ -4,7 +4,7 @@ uvicorn 0.54 as it stands has no limit on a head's size or time, answers parse e
 `?`, fragment and host, queues pipelined requests (and then never notices that the caller has gone), and on SIGTERM
 closes WebSockets at once, waits for ever on streams, and exits 143. Here:
 
-* every request's scope carries `docker_runner`, the `auth.Connection` of its caller: the raw target, `abort`, and
+* every request's scope carries `docker_runner`, the `admission.Connection` of its caller: the raw target, `abort`, and
   callbacks for the caller's leaving and the service's shutdown;
 * what is wrong with a request's framing is answered in the runner's error shape, and ends the connection;
 * bytes that come after a request and before the end of its answer are refused: 400 while nothing of the answer has
@@ -18,6 +18,7 @@ import contextlib
 import functools
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -59,6 +60,8 @@ KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP
 """Callers that vanish without a word, with their machine or a NAT entry, are noticed after two minutes."""
 BACKLOG = 2048
 """Connections that wait to be accepted; a burst past it costs its callers a second."""
+LOOK_S = 0.5
+"""Seconds between looks for a WebSocket's caller, while nothing is read of it."""
 LAST_WORDS_S = 2.0
 """Seconds for what is still running after the grace time to say so in-band."""
 _ONE_WRITE = 16 * 1024
@@ -76,7 +79,7 @@ def _abort(transport: asyncio.Transport) -> None:
 
 
 class _Caller:
-    """The callbacks of an `auth.Connection`; each is called once, at once if its time has already come."""
+    """The callbacks of an `admission.Connection`; each is called once, at once if its time has already come."""
 
     def __init__(self) -> None:
         self._on_disconnect: Callback | None = None
@@ -108,7 +111,7 @@ class _Caller:
 
 
 class Cycle(_Caller, RequestResponseCycle):
-    """One HTTP request and its answer; it is the `auth.Connection` of its request."""
+    """One HTTP request and its answer; it is the `admission.Connection` of its request."""
 
     def __init__(self, target: bytes, end: Callback, **uvicorns: Any) -> None:
         _Caller.__init__(self)
@@ -119,7 +122,7 @@ class Cycle(_Caller, RequestResponseCycle):
         self._is_head_request = self.scope["method"] == "HEAD"
 
     def abort(self) -> None:
-        """See `auth.Connection`."""
+        """See `admission.Connection`."""
         _abort(self.transport)
 
     def leave(self) -> None:
@@ -220,7 +223,7 @@ class Cycle(_Caller, RequestResponseCycle):
 
 
 class WebSocket(_Caller, WebSocketsSansIOProtocol):
-    """One WebSocket; it is the `auth.Connection` of its upgrade request."""
+    """One WebSocket; it is the `admission.Connection` of its upgrade request."""
 
     def __init__(self, target: bytes, **uvicorns: Any) -> None:
         _Caller.__init__(self)
@@ -229,7 +232,7 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
 
     @property
     def response_started(self) -> bool:
-        """See `auth.Connection`."""
+        """See `admission.Connection`."""
         return self.handshake_complete or self.initial_response is not None
 
     async def run_asgi(self) -> None:
@@ -249,17 +252,32 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
         if not self.handshake_initiated:
             self.abort()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol."""
+        super().connection_made(transport)
+        self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol."""
+        self._look.cancel()
         super().connection_lost(exc)
         self.leave()
+
+    def _look_for_caller(self) -> None:
+        """While reading is paused (stdin that nobody reads) the event loop sees no caller leave; poll(2) does."""
+        self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
+        if self.read_paused:
+            poll = select.poll()
+            poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+            if poll.poll(0):
+                self.abort()
 
     def shutdown(self) -> None:
         """The service begins to shut down: the application ends its session in-band."""
         self.drain()
 
     def abort(self) -> None:
-        """See `auth.Connection`."""
+        """See `admission.Connection`."""
         _abort(self.transport)
 
 

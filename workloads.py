@@ -27,7 +27,7 @@ import containers
 import execs
 import feeds
 import images
-from auth import Request as Verified
+from admission import Request as Verified
 from calls import Calls, Operation, Thing
 from containers import Name
 from dockerapi import Engine
@@ -49,6 +49,7 @@ class Options(msgspec.Struct, frozen=True):
 
     default_image: str
     max_output: int
+    head_s: float
     keep_alive_s: float
     event_buffer: int
 
@@ -97,11 +98,14 @@ class PutArchive(msgspec.Struct, rename="camel"):
     payload_base64: Annotated[bytes, Meta(description="a tar")] = msgspec.field(name="payloadBase64")
 
 
+Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
+
+
 class ExecOptions(msgspec.Struct, rename="camel", frozen=True):
     workdir: str | UnsetType = UNSET
     env: dict[str, str] | list[str] | UnsetType = UNSET
-    timeout_ms: Annotated[int, Meta(ge=0)] = 0
-    idle_timeout_ms: Annotated[int, Meta(ge=0)] = 0
+    timeout_ms: Milliseconds = 0
+    idle_timeout_ms: Milliseconds = 0
     tty: bool = False
     kill_on_timeout: bool = False
     log_to_pid1: bool = msgspec.field(default=False, name="logToPid1")
@@ -167,14 +171,10 @@ async def _ensure(calls: Calls, asked: EnsureImage, request: Request, options: O
     """Have the image on the engine, pulled if need be: 204. With `Accept: text/event-stream` the progress as SSE."""
     platform = asked.platform or None
     auth = None if asked.auth is UNSET else asked.auth
-    if "text/event-stream" not in request.headers.get("accept", ""):
-        await images.ensure(calls, asked.image, platform, auth)
-        return Response(status_code=NO_CONTENT)
-    if platform is None and await images.is_present(calls, asked.image):
-        progress = None
-    else:
-        progress = images.pull(calls, asked.image, platform, auth)
-    return feeds.pull_feed(progress, options.keep_alive_s)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return await feeds.pull_feed(images.ensuring(calls, asked.image, platform, auth), options.keep_alive_s)
+    await images.ensure(calls, asked.image, platform, auth)
+    return Response(status_code=NO_CONTENT)
 
 
 async def _start(calls: Calls, asked: containers.Start, request: Request, options: Options) -> Response:
@@ -333,7 +333,7 @@ async def _decoded_body(request: Request, struct: type[msgspec.Struct]) -> msgsp
         return msgspec.json.decode(body or b"{}", type=struct)
     except msgspec.ValidationError as error:
         raise RunnerError("validation_error", str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunnerError("invalid_json", f"the body is not JSON: {error}") from error
 
 
@@ -383,13 +383,13 @@ def interactive_config(asked: Interactive) -> dict[str, Any]:
     command: str | list[str] = asked.command
     try:
         command = msgspec.json.decode(asked.command, type=Annotated[list[str], Meta(min_length=1)])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         command = asked.command  # No JSON array of strings: a shell command.
     env: dict[str, str] | list[str] | UnsetType = UNSET
     if asked.env is not UNSET and asked.env:
         try:
             env = msgspec.json.decode(asked.env, type=dict[str, str] | list[str])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise RunnerError("validation_error", f"env: {error}") from error
     return {**_exec_config(execs.argv(command), asked.workdir, env, tty=asked.tty), "AttachStdin": True}
 
@@ -410,6 +410,8 @@ async def _interactive(socket: WebSocket, calls: Calls) -> None:
             await execs.Session(socket, process, merged=asked.tty or not asked.demux).run()
         await socket.close()
     except RunnerError as error:
+        if error.retryable:
+            _verified(socket.scope).give_back()
         await execs.send(socket, execs.error_frame(error))
         await socket.close(INTERNAL_ERROR, "exec_failed")
     except asyncio.CancelledError:
@@ -472,7 +474,7 @@ def create_runner_face(engine: Engine, options: Options, clock: Callable[[], flo
                 asked = await _decoded_body(request, struct)
             else:
                 asked = decoded_query(_verified(request.scope).target, struct)
-            return await handler(Calls(engine, operation, tasks), asked, request, options)
+            return await handler(Calls(engine, operation, tasks, options.head_s), asked, request, options)
 
         return serve
 
@@ -484,7 +486,7 @@ def create_runner_face(engine: Engine, options: Options, clock: Callable[[], flo
         return Response(b'{"status":"ready"}', media_type=_JSON)
 
     async def interactive(socket: WebSocket) -> None:
-        await _interactive(socket, Calls(engine, _EXEC, tasks))
+        await _interactive(socket, Calls(engine, _EXEC, tasks, options.head_s))
 
     routes = [
         Route("/v1/health", health),

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +28,7 @@ from dev import SetupError, busybox, find_program, wait_until
 from dev.engine import Engine, find_engine
 from dev.private_engine import PrivateEngine
 from service import Runner
+from wire import Wire
 
 IMAGE = f"docker-runner-test-{secrets.token_hex(4)}/busybox:latest"
 """Of this session alone: it is removed at its end, and another may share the engine."""
@@ -228,3 +229,42 @@ def runner(engine: Engine) -> Iterator[Runner]:
     """The runner in front of the session's engine, with its default settings."""
     with Runner(engine.socket) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """The implementation that the wire contract is tested on: the one named by the environment, else the runner."""
+    url, secret = os.environ.get("DOCKER_RUNNER_WIRE_URL"), os.environ.get("DOCKER_RUNNER_WIRE_SECRET")
+    if url and secret:
+        return Wire(url, secret)
+    runner: Runner = request.getfixturevalue("runner")
+    return Wire(runner.url, runner.secret)
+
+
+@pytest.fixture(scope="session")
+def start(wire: Wire, image: str, names: Names) -> Callable[..., str]:
+    """Starts a container that sleeps, by `/v1/containers/start`; the fields given go before. Returns its id."""
+
+    def start(**fields: Any) -> str:
+        usual = {"image": image, "cmd": ["sleep", "1000000"], "networkMode": "none", "autoRemove": False}
+        labels = {**names.labels, **fields.pop("labels", {})}
+        reply = wire.post("/v1/containers/start", **{**usual, **fields, "labels": labels})
+        assert reply.status == 200, reply.body
+        container: str = reply.json["containerId"]
+        return container
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def box(start: Callable[..., str]) -> str:
+    """A running container, for tests that leave it as it is."""
+    return start()
+
+
+@pytest.fixture(scope="session")
+def stopped_box(wire: Wire, start: Callable[..., str]) -> str:
+    """A container whose process has ended."""
+    container = start()
+    assert wire.post("/v1/containers/stop", containerId=container, timeoutSec=0).status == 204
+    return container

@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loops import LOOPS, Run, run_on, until
 
 import dockerapi
 from conftest import EngineDirect, Names
 from dev.engine import Engine as RealEngine
 from dockerapi import HIGH_WATER, MAX_IDLE, Engine, EngineResponse
 from errors import RunnerError
+from loops import LOOPS, Run, run_on, until
 from scripted import OK, PATIENCE_S, Peer, ScriptedEngine, chunked, listener_that_never_accepts
 
 ONE_READ = 256 * 1024

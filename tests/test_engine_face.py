@@ -12,9 +12,9 @@ import pytest
 import test_engine_face_containers
 import test_engine_face_images
 import test_engine_face_streams
-from comparison import JSON, SHOWN, TWIN, Both, Containers, Seen, asking, compares, exchange, twin_names
 
 import policy
+from comparison import JSON, SHOWN, TWIN, Both, Containers, Seen, asking, compares, exchange, twin_names
 from conftest import EngineDirect, Names
 from scripted import OK, ScriptedEngine
 from service import Runner, signed_head

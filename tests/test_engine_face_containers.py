@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from urllib.parse import quote, urlencode
 
 import pytest
-from comparison import JSON, TWIN, Both, Containers, Seen, asking, compares, twin_names
 
+from comparison import JSON, TWIN, Both, Containers, Seen, asking, compares, twin_names
 from conftest import EngineDirect, Names
 from service import Runner
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from urllib.parse import quote, urlencode
 
 import pytest
+
 from comparison import (
     JSON,
     TWIN,
@@ -23,7 +24,6 @@ from comparison import (
     progress,
     twin_names,
 )
-
 from conftest import EngineDirect, Names, Registry
 from service import Runner
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlencode
 
 import pytest
-from comparison import JSON, TWIN, Both, Containers, Seen, asking, compares, http_chunks, shape
 
+from comparison import JSON, TWIN, Both, Containers, Seen, asking, compares, http_chunks, shape
 from conftest import EngineDirect, Names
 from dev import wait_until
 from service import Runner, signed_head

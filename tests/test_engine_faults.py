@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loops import LOOPS, Run, run_on, until
 
 from dev import wait_until
 from dev.private_engine import PrivateEngine
 from dockerapi import MAX_HEAD, Engine
 from errors import CODES, RunnerError
+from loops import LOOPS, Run, run_on, until
 from scripted import OK, PATIENCE_S, Peer, Script, ScriptedEngine, chunked, listener_that_never_accepts
 from service import Answer, Runner, signed_head
 
