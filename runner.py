@@ -19,8 +19,9 @@ from auth import Verifier, wall_clock_ms
 from client import __version__
 from dockerapi import Engine
 from proxy import EngineFace
+from runner_face import create_runner_face
 from settings import Settings, SettingsError
-from workloads import Options, create_runner_face
+from workloads import Options
 
 
 class App:

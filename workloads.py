@@ -1,47 +1,28 @@
 """The runner face, `/v1/...`: task-level operations in JSON for platforms that run workspaces and agents in containers.
 
 The routes are one table (`ROUTES`): method, path, the request's struct, a handler of a few lines. What the operations
-do is in `images.py`, `containers.py`, `execs.py` and `feeds.py`. Requests are decoded once, strictly: nothing is
-coerced, and an error names the field.
+do is in `images.py`, `containers.py`, `execs.py` and `feeds.py`; how requests come in, in `runner_face.py`.
 
 To add a route: a struct, a handler, a line in `ROUTES`.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket
 
 import containers
 import execs
 import feeds
 import images
-from admission import Request as Verified
 from calls import Calls, Operation, Thing
 from containers import Name
-from dockerapi import Engine
 from errors import RunnerError
 
-READY_MAX_AGE_S = 1.0
-"""`/v1/ready` is open to strangers, so it asks the engine at most this often."""
-READY_LIMIT_S = 2.0
-"""An engine that needs longer for a ping is not ready."""
-INVALID_QUERY = 4000
-INTERNAL_ERROR = 1011
-SERVICE_RESTART = 1012
-
-_JSON = "application/json"
+JSON = "application/json"
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -161,7 +142,7 @@ Handler = Callable[[Calls, Any, Request, Options], Awaitable[Response]]
 
 
 def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type=_JSON)
+    return Response(msgspec.json.encode(value), media_type=JSON)
 
 
 NO_CONTENT = 204
@@ -195,7 +176,7 @@ async def _remove(calls: Calls, asked: RemoveContainer, request: Request, option
 
 async def _inspect(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
     """The engine's JSON of a container, unchanged."""
-    return Response(await containers.inspect(calls, asked.container_id), media_type=_JSON)
+    return Response(await containers.inspect(calls, asked.container_id), media_type=JSON)
 
 
 async def _labels(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
@@ -240,7 +221,7 @@ async def _put_archive(calls: Calls, asked: PutArchive, request: Request, option
 async def _run(calls: Calls, asked: RunExec, request: Request, options: Options) -> Response:
     """Run a command to its end: stdout, stderr, exit code. 504 at a time limit."""
     given = asked.options
-    config = _exec_config(
+    config = exec_config(
         execs.argv(asked.command, log_to_pid1=given.log_to_pid1),
         given.workdir,
         given.env,
@@ -250,7 +231,7 @@ async def _run(calls: Calls, asked: RunExec, request: Request, options: Options)
     return _json(await execs.run(calls, asked.container_id, config, limits, kill_on_timeout=given.kill_on_timeout))
 
 
-def _exec_config(
+def exec_config(
     argv: list[str], workdir: str | UnsetType, env: dict[str, str] | list[str] | UnsetType, *, tty: bool
 ) -> dict[str, Any]:
     config: dict[str, Any] = {"Cmd": argv, "AttachStdout": True, "AttachStderr": True, "Tty": tty}
@@ -298,7 +279,7 @@ async def _upgrade_required(calls: Calls, asked: Nothing, request: Request, opti
 
 
 INTERACTIVE = "/v1/exec/interactive/ws"
-_EXEC = Operation("exec_failed", conflict="container_stopped_paused")
+EXEC = Operation("exec_failed", conflict="container_stopped_paused")
 
 ROUTES: tuple[tuple[str, str, type[msgspec.Struct], Handler, Operation], ...] = (
     ("POST", "/v1/images/ensure", EnsureImage, _ensure, Operation("image_ensure_failed", Thing.IMAGE, clean=True)),
@@ -313,207 +294,9 @@ ROUTES: tuple[tuple[str, str, type[msgspec.Struct], Handler, Operation], ...] = 
     ("POST", "/v1/volumes/remove", RemoveVolume, _remove_volume, Operation("volume_remove_failed", Thing.VOLUME)),
     ("POST", "/v1/containers/touch", OneContainer, _touch, Operation("touch_failed")),
     ("POST", "/v1/containers/putArchive", PutArchive, _put_archive, Operation("put_archive_failed")),
-    ("POST", "/v1/exec/run", RunExec, _run, _EXEC),
+    ("POST", "/v1/exec/run", RunExec, _run, EXEC),
     ("POST", "/v1/exec/resize", ResizeExec, _resize, Operation("resize_failed", Thing.EXEC)),
     ("GET", "/v1/containers/logs/sse", Logs, _logs, Operation("logs_failed")),
     ("GET", "/v1/events/sse", Events, _events, Operation("events_failed")),
-    ("GET", INTERACTIVE, Nothing, _upgrade_required, _EXEC),
+    ("GET", INTERACTIVE, Nothing, _upgrade_required, EXEC),
 )
-
-
-# Decoding.
-
-
-async def _decoded_body(request: Request, struct: type[msgspec.Struct]) -> msgspec.Struct:
-    body = await _verified(request.scope).body.read()
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if body and media_type != _JSON:
-        raise RunnerError("unsupported_media_type", f"the body must be {_JSON}, not {media_type or 'untyped'}")
-    try:
-        return msgspec.json.decode(body or b"{}", type=struct)
-    except msgspec.ValidationError as error:
-        raise RunnerError("validation_error", str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RunnerError("invalid_json", f"the body is not JSON: {error}") from error
-
-
-def _verified(scope: Mapping[str, Any]) -> Verified:
-    request: Verified = scope["docker_runner.request"]
-    return request
-
-
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-
-
-def decoded_query(target: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct:
-    """The parameters of a query as a struct.
-
-    Raises:
-        RunnerError: `validation_error`: one is missing, wrong, or stands twice.
-    """
-    try:
-        pairs = parse_qsl(target.partition(b"?")[2].decode("ascii"), keep_blank_values=True, errors="strict")
-    except UnicodeDecodeError as error:
-        raise RunnerError("validation_error", "the query is not UTF-8") from error
-    booleans = {field.encode_name for field in msgspec.structs.fields(struct) if field.type is bool}
-    given: dict[str, Any] = {}
-    for name, text in pairs:
-        if name in given:
-            raise RunnerError("validation_error", f"{name}: stands more than once")
-        given[name] = text
-        if name in booleans:
-            if text not in _BOOLEANS:
-                raise RunnerError("validation_error", f"{name}: must be true, false, 1 or 0, not {text!r}")
-            given[name] = _BOOLEANS[text]
-    try:
-        return msgspec.convert(given, struct)
-    except msgspec.ValidationError as error:
-        raise RunnerError("validation_error", str(error)) from error
-
-
-# The interactive exec.
-
-
-def interactive_config(asked: Interactive) -> dict[str, Any]:
-    """The engine's `ContainerExec` of an interactive exec.
-
-    Raises:
-        RunnerError: `validation_error`.
-    """
-    command: str | list[str] = asked.command
-    try:
-        command = msgspec.json.decode(asked.command, type=Annotated[list[str], Meta(min_length=1)])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        command = asked.command  # No JSON array of strings: a shell command.
-    env: dict[str, str] | list[str] | UnsetType = UNSET
-    if asked.env is not UNSET and asked.env:
-        try:
-            env = msgspec.json.decode(asked.env, type=dict[str, str] | list[str])
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise RunnerError("validation_error", f"env: {error}") from error
-    return {**_exec_config(execs.argv(command), asked.workdir, env, tty=asked.tty), "AttachStdin": True}
-
-
-async def _interactive(socket: WebSocket, calls: Calls) -> None:
-    """Serve one interactive exec; every end is told to the client, with a close code that says of what kind it is."""
-    await socket.accept()
-    try:
-        asked = decoded_query(_verified(socket.scope).target, Interactive)
-        assert isinstance(asked, Interactive)
-        config = interactive_config(asked)
-    except RunnerError as error:
-        await execs.send(socket, execs.error_frame(error))
-        await socket.close(INVALID_QUERY, "invalid_query")
-        return
-    try:
-        with await execs.Exec.start(calls, asked.container_id, config) as process:
-            await execs.Session(socket, process, merged=asked.tty or not asked.demux).run()
-        await socket.close()
-    except RunnerError as error:
-        if error.retryable:
-            _verified(socket.scope).give_back()
-        await execs.send(socket, execs.error_frame(error))
-        await socket.close(INTERNAL_ERROR, "exec_failed")
-    except asyncio.CancelledError:
-        if _verified(socket.scope).connection.disconnected:
-            raise
-        ending = RunnerError("shutting_down", "docker-runner is shutting down", retryable=False)
-        await execs.send(socket, execs.error_frame(ending))
-        await socket.close(SERVICE_RESTART, "shutting_down")
-
-
-# The application.
-
-
-class Readiness:
-    """Whether the engine answers, asked at most once in `READY_MAX_AGE_S`, whoever wants to know and leaves meanwhile.
-
-    Args:
-        engine: who is asked.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
-        self._engine = engine
-        self._clock = clock
-        self._asked_at = float("-inf")
-        self._answer: asyncio.Task[bool] | None = None
-
-    async def check(self) -> None:
-        """Return if the engine is ready.
-
-        Raises:
-            RunnerError: `docker_unavailable`, without the reason: strangers may ask.
-        """
-        answer = self._answer
-        if answer is None or (answer.done() and self._clock() - self._asked_at >= READY_MAX_AGE_S):
-            self._asked_at = self._clock()
-            answer = self._answer = asyncio.create_task(self._ping())
-        # Shielded: a caller that leaves must not cancel it, or the next one would ask again.
-        if not await asyncio.shield(answer):
-            raise RunnerError("docker_unavailable", "the engine does not answer")
-
-    async def _ping(self) -> bool:
-        try:
-            await self._engine.ping(READY_LIMIT_S)
-        except RunnerError:
-            return False
-        return True
-
-
-def create_runner_face(engine: Engine, options: Options, clock: Callable[[], float]) -> ASGIApp:
-    """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
-    readiness = Readiness(engine, clock)
-    tasks: set[asyncio.Task[Any]] = set()
-
-    def endpoint(
-        method: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation
-    ) -> Callable[[Request], Awaitable[Response]]:
-        async def serve(request: Request) -> Response:
-            if method == "POST":
-                asked = await _decoded_body(request, struct)
-            else:
-                asked = decoded_query(_verified(request.scope).target, struct)
-            return await handler(Calls(engine, operation, tasks, options.head_s), asked, request, options)
-
-        return serve
-
-    async def health(request: Request) -> Response:
-        return Response(b'{"status":"ok"}', media_type=_JSON)
-
-    async def ready(request: Request) -> Response:
-        await readiness.check()
-        return Response(b'{"status":"ready"}', media_type=_JSON)
-
-    async def interactive(socket: WebSocket) -> None:
-        await _interactive(socket, Calls(engine, _EXEC, tasks, options.head_s))
-
-    routes = [
-        Route("/v1/health", health),
-        Route("/v1/ready", ready),
-        WebSocketRoute(INTERACTIVE, interactive),
-        *(
-            Route(path, endpoint(method, struct, handler, operation), methods=[method])
-            for method, path, struct, handler, operation in ROUTES
-        ),
-    ]
-    return _RunnerFace(routes=routes)
-
-
-class _RunnerFace(Starlette):
-    """Starlette without its answers to errors: every one is left to the layer around, which gives nonces back."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        self.router.redirect_slashes = False
-        self.router.default = _no_route
-        return ExceptionMiddleware(self.router, handlers={405: _wrong_method})
-
-
-async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
-    raise RunnerError("not_found", "no such route")
-
-
-async def _wrong_method(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    allow = (b"allow", (error.headers or {})["Allow"].encode())
-    raise RunnerError("method_not_allowed", f"{request.method} is not allowed here", headers=(allow,))

@@ -295,5 +295,5 @@ def test_callers_that_vanish_are_looked_for(runner: Runner) -> None:
         assert sock.recv(4096)
         port = sock.getsockname()[1]
         lines = Path(f"/proc/{runner.process.pid}/net/tcp").read_text().splitlines()
-        ours = next(line for line in lines if f":{port:04X} 01" in line)
+        ours = next(line for line in lines if f":{port:04X} 01 " in line)
         assert ours.split()[5].startswith("02:")  # A keep-alive timer runs; see proc(5), net/tcp.
