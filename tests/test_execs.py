@@ -105,7 +105,7 @@ def meanwhile(engine: Engine, containers: Containers) -> Iterator[dict[Callable[
 
 def input_blocked(runner: Runner, box: str) -> Session:
     """A process that does not read for a long time, then reads all."""
-    data = os.urandom(MIB) * 5
+    data = os.urandom(MIB) * 64  # More than the buffers of every socket on the way.
 
     async def blocked() -> Session:
         async with session(runner, box, f"sleep {BLOCKED_S}; exec md5sum") as one:
@@ -742,26 +742,28 @@ def test_the_environment_reaches_no_log(engine: Engine, box: str) -> None:
         assert hidden not in "".join(runner.log)
 
 
+@pytest.fixture(scope="module")
+def bash(engine: Engine, direct: EngineDirect, names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image with busybox, and the machine's own bash with its libraries."""
+    found = names("bash")
+    archive = io.BytesIO(busybox._root_filesystem(busybox._static_busybox()))
+    listed = subprocess.run(["ldd", "/bin/bash"], capture_output=True, text=True, check=True).stdout
+    with tarfile.open(fileobj=archive, mode="a") as tar:
+        for path in ["/bin/bash", *re.findall(r"(/\S+) \(0x", listed)]:
+            tar.add(os.path.realpath(path), path.lstrip("/"))
+    status, answer = engine.request("POST", f"/images/create?fromSrc=-&repo={found}&tag=1", archive.getvalue())
+    assert status == 200, answer
+    return f"{found}:1"
+
+
+COMMAND = "echo out; echo err >&2; seq 20000; exit 7"
+OUT = "out\n" + "".join(f"{number}\n" for number in range(1, 20_001))
+
+
 class TestLogToPid1:
-    @pytest.fixture(scope="class")
-    def bash(self, engine: Engine, direct: EngineDirect, names: Names, tmp_path_factory: pytest.TempPathFactory) -> str:
-        """An image with busybox, and the machine's own bash with its libraries."""
-        found = names("bash")
-        archive = io.BytesIO(busybox._root_filesystem(busybox._static_busybox()))
-        listed = subprocess.run(["ldd", "/bin/bash"], capture_output=True, text=True, check=True).stdout
-        with tarfile.open(fileobj=archive, mode="a") as tar:
-            for path in ["/bin/bash", *re.findall(r"(/\S+) \(0x", listed)]:
-                tar.add(os.path.realpath(path), path.lstrip("/"))
-        status, answer = engine.request("POST", f"/images/create?fromSrc=-&repo={found}&tag=1", archive.getvalue())
-        assert status == 200, answer
-        return f"{found}:1"
-
-    COMMAND = "echo out; echo err >&2; seq 20000; exit 7"
-    OUT = "out\n" + "".join(f"{number}\n" for number in range(1, 20_001))
-
     def test_the_output_is_true_and_in_the_log_too(self, runner: Runner, containers: Containers, bash: str) -> None:
         own = containers(Image=bash)
-        assert said(run(runner, own, self.COMMAND, logToPid1=True)) == (7, self.OUT, "err\n")
+        assert said(run(runner, own, COMMAND, logToPid1=True)) == (7, OUT, "err\n")
         assert said(run(runner, own, ["printf", "%s\\n", "a  b $X"], logToPid1=True)) == (0, "a  b $X\n", "")
         target = f"/containers/{own}/logs?"
 
@@ -773,7 +775,7 @@ class TestLogToPid1:
                 text, body = text + body[8:size], body[size:]
             return text.decode()
 
-        assert wait_until(lambda: log("stdout=1") == self.OUT + "a  b $X\n", 5)
+        assert wait_until(lambda: log("stdout=1") == OUT + "a  b $X\n", 5)
         assert log("stderr=1") == "err\n"
 
     @pytest.mark.parametrize(
@@ -790,7 +792,7 @@ class TestLogToPid1:
         self, runner: Runner, containers: Containers, bash: str, config: dict[str, Any]
     ) -> None:
         own = containers(**{"Cmd": ["sleep", "1d"], "Image": bash, **config})
-        assert said(run(runner, own, self.COMMAND, logToPid1=True)) == (7, self.OUT, "err\n")
+        assert said(run(runner, own, COMMAND, logToPid1=True)) == (7, OUT, "err\n")
 
     def test_a_missing_program_is_127(self, runner: Runner, containers: Containers, bash: str) -> None:
         code, out, err = said(run(runner, containers(Image=bash), ["/no/such"], logToPid1=True))
