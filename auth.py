@@ -15,6 +15,7 @@ from hashlib import blake2b, sha256
 
 import msgspec
 
+import client
 from client import signature, string_to_sign
 from errors import RunnerError
 
@@ -24,7 +25,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MAX_SHOWN = 4096
 """Bytes of a string to sign up to which a refusal repeats it."""
-STREAMING = b"STREAMING-HMAC-SHA256"
+STREAMING = client.STREAMING.encode()
 UNSIGNED_PATHS = (b"/v1/health", b"/v1/ready")
 _SINGLE = frozenset(
     (

@@ -18,7 +18,16 @@ import hmac
 import time
 import uuid
 
-__all__ = ["EMPTY_BODY_HASH", "body_hash", "sign", "signature", "string_to_sign"]
+__all__ = [
+    "EMPTY_BODY_HASH",
+    "STREAMING",
+    "body_hash",
+    "chunk_signature",
+    "sign",
+    "signature",
+    "signed_chunk",
+    "string_to_sign",
+]
 
 __version__ = "0.1.0"
 
@@ -29,6 +38,10 @@ def body_hash(body: bytes) -> str:
 
 
 EMPTY_BODY_HASH = body_hash(b"")
+STREAMING = "STREAMING-HMAC-SHA256"
+"""BODYHASH of a body that comes as signed chunks."""
+MAX_CHUNK = 1024 * 1024
+"""Bytes of data in one signed chunk, at most."""
 
 
 def string_to_sign(method: bytes, target: bytes, timestamp: bytes, nonce: bytes, content_hash: bytes) -> bytes:
@@ -39,6 +52,26 @@ def string_to_sign(method: bytes, target: bytes, timestamp: bytes, nonce: bytes,
 def signature(secret: bytes, message: bytes) -> bytes:
     """base64 of the HMAC-SHA256 of `message` (a `string_to_sign`) under `secret`."""
     return base64.b64encode(hmac.digest(secret, message, "sha256"))
+
+
+def chunk_signature(secret: bytes, previous: bytes, digest: bytes) -> bytes:
+    """The signature (32 bytes) of one signed chunk.
+
+    Args:
+        secret: the shared secret.
+        previous: the signature of the chunk before; for the first, the 32 raw bytes of the request's signature.
+        digest: SHA-256 of the chunk's data.
+    """
+    return hmac.digest(secret, b"docker-runner chunk\n" + previous + digest, "sha256")
+
+
+def signed_chunk(secret: bytes, previous: bytes, data: bytes) -> bytes:
+    """One record of a body sent as signed chunks: length (4 bytes, big-endian), signature (32 bytes), data.
+
+    At most `MAX_CHUNK` bytes of data; none of them ends the body. Bytes 4 to 36 are the next one's `previous`.
+    """
+    signed = chunk_signature(secret, previous, hashlib.sha256(data).digest())
+    return len(data).to_bytes(4, "big") + signed + data
 
 
 def sign(

@@ -24,6 +24,7 @@ import pytest
 import requests
 import requests_unixsocket
 
+from bridged import Bridge
 from dev import SetupError, busybox, find_program, wait_until
 from dev.engine import Engine, find_engine
 from dev.private_engine import PrivateEngine
@@ -228,6 +229,13 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 def runner(engine: Engine) -> Iterator[Runner]:
     """The runner in front of the session's engine, with its default settings."""
     with Runner(engine.socket) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def bridge(runner: Runner, short_folder: Path) -> Iterator[Bridge]:
+    """A bridge on a Unix socket in front of the runner: `host` is what `DOCKER_HOST` takes."""
+    with Bridge(runner.url, f"unix://{short_folder}/bridge.sock") as running:
         yield running
 
 
