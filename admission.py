@@ -6,6 +6,7 @@ read. A nonce goes back exactly when the answer says `retryable`, before that an
 """
 
 import asyncio
+import base64
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -13,10 +14,11 @@ from typing import Protocol
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from auth import STREAMING, Headers, Verifier, read_credentials
-from bodies import NO_BODY, Body, Budget
+from auth import STREAMING, Credentials, Headers, Verifier, read_credentials
+from bodies import NO_BODY, Body, Budget, SignedChunks, too_large
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
+from streams import SignedChunkReader
 
 log = logging.getLogger("docker_runner.admission")
 
@@ -53,7 +55,7 @@ class Request:
         method: bytes,
         target: bytes,
         headers: Headers,
-        body: Body,
+        body: Body | SignedChunks,
         key: str | None,
         connection: Connection,
         give_back: Callable[[], None],
@@ -149,7 +151,7 @@ class _Admission:
         self._connection = connection
         self._reserved = 0
         self._nonce: bytes | None = None
-        self._body = NO_BODY
+        self._body: Body | SignedChunks = NO_BODY
         self.admitted = False
         target = connection.target
         self._target = target[len(layer._path_prefix) :] if target.startswith(layer._path_prefix + b"/") else target
@@ -179,18 +181,19 @@ class _Admission:
         announced = credentials.content_hash
         limit = self._limits.max_body if announced is None else self._limits.max_upload
         if length > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         if announced is not None:
-            self._nonce = self._verifier.verify(credentials, method, self._target, announced)
+            self._nonce, secret = self._verifier.verify(credentials, method, self._target, announced)
             if announced == STREAMING:
-                raise RunnerError("signed_chunks_unsupported", "signed-chunk uploads are not served yet")
+                await self._begin_chunks(secret, credentials)
+                return credentials.key
         if not has_body:
             actual = EMPTY_BODY_HASH
         else:
             deadline_s = self._verifier.seconds_left(credentials) if announced is None else None
             actual = await self._gather(limit, deadline_s)
         if announced is None:
-            self._nonce = self._verifier.verify(credentials, method, self._target, actual.encode())
+            self._nonce, _ = self._verifier.verify(credentials, method, self._target, actual.encode())
             self._budget.give(self._reserved)
             self._reserved = 0
         elif actual.encode() != announced and self._scope["type"] == "http":
@@ -210,7 +213,7 @@ class _Admission:
                         raise asyncio.CancelledError
                     chunk: bytes = message["body"]
                     if body.size + len(chunk) > limit:
-                        raise _too_large(limit)
+                        raise too_large(limit)
                     if deadline_s is not None:
                         self._budget.take(len(chunk))
                         self._reserved += len(chunk)
@@ -221,11 +224,28 @@ class _Admission:
         except TimeoutError:
             raise RunnerError("request_timeout", "the body stopped arriving, or outlived its signature") from None
         except asyncio.CancelledError:
-            # The caller left before its body was complete, nothing was forwarded: it may come again as it was.
-            self._release()
-            if not self._connection.disconnected:
-                raise RunnerError("shutting_down", "the runner is ending and takes no new requests") from None
+            self._broken_off()
             raise
+
+    async def _begin_chunks(self, secret: bytes, credentials: Credentials) -> None:
+        """The body comes as signed chunks: wait for the first; the others are verified as they are forwarded."""
+        if self._scope["type"] != "http":
+            raise RunnerError("invalid_chunk", "a WebSocket's request body cannot come as signed chunks")
+        reader = SignedChunkReader(secret, base64.b64decode(credentials.signature))
+        body = self._body = SignedChunks(
+            reader, self._receive, limit=self._limits.max_upload, limit_in_memory=self._limits.max_body
+        )
+        try:
+            await body.begin()
+        except asyncio.CancelledError:
+            self._broken_off()
+            raise
+
+    def _broken_off(self) -> None:
+        """The caller left before its body was complete, nothing was forwarded: it may come again as it was."""
+        self._release()
+        if not self._connection.disconnected:
+            raise RunnerError("shutting_down", "the runner is ending and takes no new requests") from None
 
     def refused(self, error: RunnerError) -> None:
         """The request ends with `error`: before its first byte is sent, give the nonce back if it says retryable."""
@@ -246,10 +266,6 @@ class _Admission:
         if self._nonce is not None:
             self._verifier.nonces.release(self._nonce)
             self._nonce = None
-
-
-def _too_large(limit: int) -> RunnerError:
-    return RunnerError("body_too_large", f"the body is longer than the limit of {limit} bytes")
 
 
 def _announced_body(headers: Headers) -> tuple[bool, int]:

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b, sha256
+from typing import NamedTuple
 
 import msgspec
 
@@ -153,6 +154,13 @@ class Credentials(msgspec.Struct, frozen=True):
     key: str | None
 
 
+class Verified(NamedTuple):
+    """What a passed verification leaves: the digest under which the nonce is held, and the secret that signed."""
+
+    nonce: bytes
+    secret: bytes
+
+
 def read_credentials(headers: Headers) -> Credentials:
     """Find and check the form of the `X-DR-*` headers (names in lower case).
 
@@ -248,11 +256,8 @@ class Verifier:
         """How long the request can still be accepted, as far as its timestamp goes."""
         return max(0, credentials.timestamp_ms + self._ttl_ms - self._now_ms) / 1000
 
-    def verify(self, credentials: Credentials, method: bytes, target: bytes, content_hash: bytes) -> bytes:
-        """Check the signature, then take the nonce, in one step.
-
-        Returns:
-            The digest under which the nonce is held, for `nonces.release`.
+    def verify(self, credentials: Credentials, method: bytes, target: bytes, content_hash: bytes) -> Verified:
+        """Check the signature, then take the nonce (`nonces.release` gives it back), in one step.
 
         Raises:
             RunnerError: `invalid_signature`, `timestamp_out_of_range` (time has passed while the body came),
@@ -260,15 +265,16 @@ class Verifier:
         """
         message = string_to_sign(method, target, credentials.timestamp, credentials.nonce, content_hash)
         owner = None
-        for secret, secret_digest in self._secrets.get(credentials.key, ()):
-            if hmac.compare_digest(signature(secret, message), credentials.signature):
-                owner = secret_digest
+        for candidate in self._secrets.get(credentials.key, ()):
+            if hmac.compare_digest(signature(candidate[0], message), credentials.signature):
+                owner = candidate
         if owner is None:
             raise RunnerError("invalid_signature", "the signature does not match this request", details=_shown(message))
         self.check_time(credentials)
-        digest = blake2b(credentials.nonce, key=owner, digest_size=16).digest()
+        secret, secret_digest = owner
+        digest = blake2b(credentials.nonce, key=secret_digest, digest_size=16).digest()
         self.nonces.take(digest, credentials.timestamp_ms + self._ttl_ms, self._now_ms)
-        return digest
+        return Verified(digest, secret)
 
 
 def _shown(message: bytes) -> dict[str, str] | None:

@@ -1,8 +1,8 @@
-"""Request bodies before they are verified: gathered, hashed, bounded.
+"""Request bodies: gathered, hashed and bounded before they are verified, or verified chunk by chunk as they pass.
 
-A body is kept in memory up to 1 MiB and past that in an unlinked temporary file, so that any number of uploads costs
+A `Body` is kept in memory up to 1 MiB and past that in an unlinked temporary file, so that any number of uploads costs
 little memory; it is hashed as it arrives. Writing and hashing of large bodies happen in a worker thread, a mebibyte at
-a time, so that one upload does not delay the other requests.
+a time, so that one upload does not delay the other requests. `SignedChunks` keep one chunk and nothing else.
 """
 
 import asyncio
@@ -12,10 +12,11 @@ import tempfile
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from io import FileIO
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
+from streams import SignedChunkError, SignedChunkReader
 
 log = logging.getLogger("docker_runner.bodies")
 
@@ -151,3 +152,80 @@ class Body:
 
 NO_BODY = Body()
 """The body of a request without one."""
+
+
+class SignedChunks:
+    """A request body that comes as signed chunks: given out as it is verified. In place of a `Body`.
+
+    Args:
+        reader: verifies.
+        receive: of ASGI, the request's.
+        limit: bytes of data altogether.
+        limit_in_memory: bytes for `read`.
+    """
+
+    size = None
+    data = None
+
+    def __init__(
+        self, reader: SignedChunkReader, receive: Callable[[], Any], *, limit: int, limit_in_memory: int
+    ) -> None:
+        self._reader = reader
+        self._receive = receive
+        self._limit = limit
+        self._limit_in_memory = limit_in_memory
+        self._left = limit
+        self._verified: list[bytes] = []
+        self._complete = False
+
+    async def begin(self) -> None:
+        """Wait for the first chunk, or the end. Nothing is forwarded before; raises as `chunks`."""
+        while not self._verified and not self._complete:
+            await self._read_on()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The verified data, piece by piece. The caller may pause as long as it likes: it is verified, and watched.
+
+        Raises:
+            RunnerError: `invalid_chunk`, `body_too_large`; what was given out before is not the whole body.
+        """
+        while self._verified or not self._complete:
+            verified, self._verified = self._verified, []
+            for data in verified:
+                yield data
+            if not self._complete:
+                await self._read_on()
+
+    async def read(self) -> bytes:
+        """The whole body in memory; raises as `chunks`."""
+        whole = bytearray()
+        async for data in self.chunks():
+            whole += data
+            if len(whole) > self._limit_in_memory:
+                raise too_large(self._limit_in_memory)
+        return bytes(whole)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    async def _read_on(self) -> None:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError
+        try:
+            for data in self._reader.feed(message["body"]):
+                self._left -= len(data)
+                if self._left < 0:
+                    raise too_large(self._limit)
+                self._verified.append(data)
+        except SignedChunkError as error:
+            raise RunnerError("invalid_chunk", str(error)) from error
+        if not message["more_body"]:
+            if not self._reader.ended:
+                raise RunnerError("invalid_chunk", "the body ended without the chunk that ends it")
+            self._complete = True
+
+
+def too_large(limit: int) -> RunnerError:
+    """The refusal of a body over a limit in bytes."""
+    return RunnerError("body_too_large", f"the body is longer than the limit of {limit} bytes")

@@ -45,20 +45,20 @@ CODES: Mapping[str, Code] = {
     "invalid_signature": Code(401, False, "The signature does not match; `details.string_to_sign` says what counts."),
     "replayed_nonce": Code(401, False, "This nonce was used before."),
     "body_hash_mismatch": Code(401, False, "The body is not the one that `X-DR-Content-SHA256` announced."),
+    "invalid_chunk": Code(401, False, "A signed chunk is malformed, missing, out of place, or not what was signed."),
     "nonce_store_full": Code(503, True, "As many nonces as `DOCKER_RUNNER_MAX_NONCES` are held; none is forgotten."),
     "unverified_bodies_full": Code(503, True, "Bodies not yet verified reached `DOCKER_RUNNER_MAX_UNVERIFIED`."),
     "spool_failed": Code(503, True, "A long body could not be kept in a temporary file (disk full?)."),
-    "signed_chunks_unsupported": Code(501, False, "Signed-chunk uploads are not served yet; send the body's hash."),
     # Choosing the operation.
     "invalid_path": Code(400, False, "The path holds a dot segment, an encoded slash, or a byte that no name has."),
     "not_found": Code(404, False, "No such route, or not among the curated operations."),
     "method_not_allowed": Code(405, False, "The path exists with other methods (see `Allow`)."),
-    "upgrade_unsupported": Code(501, False, "The upgraded form of attach and exec is not served yet."),
+    "upgrade_unsupported": Code(400, False, "A WebSocket where the operation has none, or of another subprotocol."),
     # The runner face: the request.
     "invalid_json": Code(400, False, "The body is not JSON."),
     "validation_error": Code(400, False, "A field or query parameter is missing or wrong; the message names it."),
     "unsupported_media_type": Code(415, False, "The body is of another media type than JSON."),
-    "upgrade_required": Code(426, False, "This route is a WebSocket."),
+    "upgrade_required": Code(426, False, "This is served as a WebSocket (attach and exec: their upgraded form)."),
     # The runner face: what the engine answered, by cause.
     "no_such_container": Code(0, False, "The engine does not know the container."),
     "no_such_exec": Code(0, False, "The engine does not know the exec."),

@@ -45,6 +45,8 @@ class Operation(msgspec.Struct, frozen=True):
     kind: Kind = Kind.PLAIN
     quick: bool = False
     """The engine begins its answer at once, so that a time limit on its head is safe."""
+    upgrade: str = "tcp"
+    """HIJACK: the protocol that the engine is asked to upgrade to."""
     max_segments: int = 1
     """How many segments the parameter may span (names of images hold slashes; a link is `container/alias`)."""
 

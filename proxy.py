@@ -2,38 +2,25 @@
 
 One function, `EngineFace.__call__`, reads as the whole way of a request; what is behind it transforms headers or cuts
 streams. A stream that breaks is told in-band where its format has a line for that (progress), else the caller's
-connection is aborted: it never looks complete.
+connection is aborted: it never looks complete. Where the engine hands its connection over, see `upgrades.py`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
 import policy
+import upgrades
 from admission import Connection, Request
 from bodies import NO_BODY
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
+from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from policy import Kind
 from streams import LineFramer, progress_error
 
-_HOP_BY_HOP = frozenset(
-    (
-        b"connection",
-        b"proxy-connection",
-        b"keep-alive",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"http2-settings",
-    )
-)
-_NOT_FORWARDED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
-
-Headers = list[tuple[bytes, bytes]]
 
 
 class EngineFace:
@@ -43,23 +30,28 @@ class EngineFace:
         engine: where they go.
         head_s: time limit on the answer's head for quick operations.
         event_buffer: bytes of events held for one caller that reads slowly.
+        first_frame_s: how long the request body of an upgraded stream may take to come.
     """
 
-    def __init__(self, engine: Engine, *, head_s: float, event_buffer: int) -> None:
+    def __init__(self, engine: Engine, *, head_s: float, event_buffer: int, first_frame_s: float) -> None:
         self._engine = engine
         self._head_s = head_s
         self._event_buffer = event_buffer
+        self._first_frame_s = first_frame_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request, or refuse it with a `RunnerError`."""
         request: Request = scope["docker_runner.request"]
         connection = request.connection
+        if scope["type"] == "websocket":
+            await upgrades.serve(self._engine, scope, receive, send, first_frame_s=self._first_frame_s)
+            return
         operation = policy.decide(request.method, request.target)
-        if scope["type"] != "http" or (
-            operation.kind is Kind.HIJACK and any(name == b"upgrade" for name, _ in request.headers)
-        ):
+        if operation.kind is Kind.HIJACK and any(name == b"upgrade" for name, _ in request.headers):
             raise RunnerError(
-                "upgrade_unsupported", f"{operation.id} is served in its plain form only; send no Upgrade header"
+                "upgrade_required",
+                f"{operation.id} is upgraded as a WebSocket; without an Upgrade header it gives its output",
+                headers=((b"upgrade", b"websocket"),),
             )
         if operation.kind is Kind.EVENTS:
             # This stream has no end of its own: on shutdown it ends at once, the others may use the time of grace.
@@ -69,7 +61,7 @@ class EngineFace:
         response = await self._engine.request(
             request.method,
             request.target,
-            _end_to_end(request.headers, _NOT_FORWARDED),
+            end_to_end(request.headers, NOT_FORWARDED),
             _body(request),
             length=request.body.size,
             head_s=self._head_s if operation.quick else None,
@@ -77,21 +69,23 @@ class EngineFace:
             on_overflow=connection.abort,
         )
         with response:
-            await _relay(response, operation.kind, connection, send)
+            await _relay(self._engine, response, operation.kind, connection, send)
 
 
-async def _relay(response: EngineResponse, kind: Kind, connection: Connection, send: Send) -> None:
+async def _relay(engine: Engine, response: EngineResponse, kind: Kind, connection: Connection, send: Send) -> None:
     """Give the engine's answer to the caller, as it comes."""
     if response.failure is not None:
         raise response.failure  # Broken before anything of it was passed on: that can still be said.
     framer = LineFramer() if kind in _CUT_AT_LINES and response.status == 200 else None
-    headers = _end_to_end(response.headers, _HOP_BY_HOP)
+    headers = end_to_end(response.headers, HOP_BY_HOP)
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     try:
         ended = False
         while not ended:
             chunk = await response.next()
             ended = response.ended
+            if ended and kind is Kind.HIJACK and response.status == 200:
+                await upgrades.check_whole(engine)
             if framer is not None:
                 chunk = framer.feed(chunk) + (framer.tail() if ended else b"")
             if chunk or ended:
@@ -109,18 +103,3 @@ def _body(request: Request) -> bytes | AsyncIterator[bytes] | None:
         return b"" if any(name == b"content-length" for name, _ in request.headers) else None
     data = request.body.data
     return request.body.chunks() if data is None else data
-
-
-def _end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:
-    """The headers that travel on: all but `dropped`, the signature's, and what `Connection` names (RFC 9110, 7.6.1)."""
-    kept: Headers = []
-    named: set[bytes] = set()
-    for field in headers:
-        name = field[0].lower()
-        if name == b"connection":
-            named.update(token.strip().lower() for token in field[1].split(b","))
-        elif name not in dropped and not name.startswith(b"x-dr-"):
-            kept.append(field)
-    if named - {b"close", b"keep-alive", b"upgrade"}:
-        return [field for field in kept if field[0].lower() not in named]
-    return kept

@@ -46,7 +46,12 @@ class App:
         self.verifier = Verifier(
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
         )
-        self._engine_face = EngineFace(self.engine, head_s=settings.engine_head_s, event_buffer=settings.event_buffer)
+        self._engine_face = EngineFace(
+            self.engine,
+            head_s=settings.engine_head_s,
+            event_buffer=settings.event_buffer,
+            first_frame_s=settings.body_timeout_s,
+        )
         options = Options(
             default_image=settings.default_image,
             max_output=settings.max_output,

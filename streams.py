@@ -3,9 +3,13 @@
 The one idea: a stream's bytes are the engine's and are never changed here; only the places where they are cut are ours.
 """
 
+import hashlib
+import hmac
 from collections.abc import Iterator
 
 import msgspec
+
+from client import MAX_CHUNK, chunk_signature
 
 MAX_LINE = 1024 * 1024
 """Bytes of one line that are held back at most; a longer line passes as it comes."""
@@ -157,6 +161,79 @@ class FrameCutter:
             if reader.between_frames:
                 border = at
         return border
+
+
+_CHUNK_HEAD = 4 + 32
+
+
+class SignedChunkError(Exception):
+    """A body of signed chunks is malformed, cut short, or was tampered with."""
+
+
+class SignedChunkReader:
+    """Takes a body of signed chunks apart, whatever pieces it arrives in, and verifies each chunk before giving it out.
+
+    The format: records of a length (4 bytes, big-endian), a signature (32 bytes) and that much data. Each signature
+    covers the one before, the first the request's; so no record can be changed, moved, left out or added. A record
+    without data ends the body. Source: `client.signed_chunk`.
+
+    Args:
+        secret: the one that signed the request.
+        previous: the 32 raw bytes of the request's signature.
+        max_chunk: a security limit: bytes of one record's data, which are held until they are verified.
+    """
+
+    def __init__(self, secret: bytes, previous: bytes, max_chunk: int = MAX_CHUNK) -> None:
+        self._secret = secret
+        self._previous = previous
+        self._max_chunk = max_chunk
+        self._head = b""
+        self._left = 0
+        self._data = bytearray()
+        self._digest = hashlib.sha256()
+        self.ended = False
+        """The record that ends the body has come, and was right."""
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """The data of the chunks that a piece completes, in order.
+
+        Raises:
+            SignedChunkError: what came is not what was signed.
+        """
+        at = 0
+        while at < len(piece):
+            if self.ended:
+                raise SignedChunkError("more came after the chunk that ends the body")
+            if len(self._head) < _CHUNK_HEAD:
+                needed = piece[at : at + _CHUNK_HEAD - len(self._head)]
+                at += len(needed)
+                self._head += needed
+                if len(self._head) < _CHUNK_HEAD:
+                    return
+                self._left = int.from_bytes(self._head[:4], "big")
+                if self._left > self._max_chunk:
+                    raise SignedChunkError(f"a chunk is longer than {self._max_chunk} bytes")
+            data = piece[at : at + self._left]
+            at += len(data)
+            self._left -= len(data)
+            self._digest.update(data)  # As it comes: a whole chunk at once would hold up the other requests.
+            self._data += data
+            if not self._left:
+                yield from self._verified()
+
+    def _verified(self) -> Iterator[bytes]:
+        signed = self._head[4:]
+        expected = chunk_signature(self._secret, self._previous, self._digest.digest())
+        if not hmac.compare_digest(expected, signed):
+            raise SignedChunkError("the signature of a chunk does not match")
+        data = bytes(self._data)
+        self._previous, self._head = signed, b""
+        self._data.clear()
+        self._digest = hashlib.sha256()
+        if data:
+            yield data
+        else:
+            self.ended = True
 
 
 class Tail:

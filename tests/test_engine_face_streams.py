@@ -280,7 +280,7 @@ class TestOutputOnly:
         assert runner.request("POST", f"/exec/{size}/start", body, JSON).body == b""
 
     @pytest.mark.parametrize("protocol", ["tcp", "h2c", "websocket"])
-    def test_an_upgrade_is_refused_with_501_and_nothing_happens(
+    def test_an_upgrade_that_is_no_websocket_is_refused_with_426_and_nothing_happens(
         self, runner: Runner, containers: Containers, running: str, protocol: str
     ) -> None:
         found = containers.exec(running, "true")
@@ -291,9 +291,9 @@ class TestOutputOnly:
             fields = ("Content-Type: application/json", "Connection: Upgrade", f"Upgrade: {protocol}")
             answer = runner.raw(signed_head("POST", target, body, *fields) + body)
             head, _, text = answer.partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 501 ")
+            assert head.startswith(b"HTTP/1.1 426 ")
             error = json.loads(text)["error"]
-            assert (error["code"], error["retryable"]) == ("upgrade_unsupported", False)
+            assert (error["code"], error["retryable"]) == ("upgrade_required", False)
         state = containers.do("GET", f"/exec/{found}/json", 200)
         assert (state["Running"], state["ExitCode"]) == (False, None)
 

@@ -1,0 +1,39 @@
+"""Which headers travel on, and which stay at a hop. Pure functions.
+
+Source: RFC 9110, section 7.6.1.
+"""
+
+from collections.abc import Iterable
+
+Headers = list[tuple[bytes, bytes]]
+
+HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"proxy-connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    )
+)
+"""What concerns one connection only. What `Connection` names beside these is found by `end_to_end`."""
+NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+"""Of a request: these too are made anew for the next connection."""
+
+
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:
+    """The headers that travel on: all but `dropped`, the signature's, and what `Connection` names (RFC 9110, 7.6.1)."""
+    kept: Headers = []
+    named: set[bytes] = set()
+    for field in headers:
+        name = field[0].lower()
+        if name == b"connection":
+            named.update(token.strip().lower() for token in field[1].split(b","))
+        elif name not in dropped and not name.startswith(b"x-dr-"):
+            kept.append(field)
+    if named - {b"close", b"keep-alive", b"upgrade"}:
+        return [field for field in kept if field[0].lower() not in named]
+    return kept

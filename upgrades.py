@@ -1,0 +1,219 @@
+"""Upgraded streams of the engine face: connections that the engine hands over, carried to the caller in a WebSocket.
+
+The wire, subprotocol `docker-runner.stream.v1`, on the operation's own target: the caller's first frame is a text frame
+with the request's body, which must have the hash that the upgrade was signed with. The answer is one text frame: the
+engine's status and headers, and its body if it refused. After a 101, binary frames are the raw bytes both ways, and
+`{"eof":true}` says that a side has ended its half; the other half goes on. A close with 1000 says that the engine's
+stream ended whole, any other that it broke.
+
+Bytes are taken from one side only when the other has taken what came before, so a stream is never held in memory.
+"""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+import policy
+from admission import Request
+from client import EMPTY_BODY_HASH, body_hash
+from dockerapi import Engine, EngineResponse
+from errors import RunnerError
+from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
+from policy import Kind
+
+SUBPROTOCOL = "docker-runner.stream.v1"
+MAX_REFUSAL = 16 * 1024 * 1024
+"""Bytes of an answer other than a 101; it is sent in one frame."""
+ALIVE_LIMIT_S = 2.0
+"""Seconds within which the engine, after the end of a raw stream, must show that it is still there."""
+NORMAL, PROTOCOL_ERROR, POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART = 1000, 1002, 1008, 1011, 1012
+EOF = '{"eof":true}'
+
+
+class _Answer(msgspec.Struct, omit_defaults=True):
+    """The frame that answers: the engine's status and headers; after a 101 the stream follows, else this is all."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes | None = None
+
+
+class _Left(Exception):  # noqa: N818
+    """The caller has closed the WebSocket."""
+
+
+class _Violation(Exception):  # noqa: N818
+    """The caller sent what the subprotocol does not know."""
+
+
+async def serve(engine: Engine, scope: Scope, receive: Receive, send: Send, *, first_frame_s: float) -> None:
+    """Serve one WebSocket of the engine face.
+
+    Raises:
+        RunnerError: refused before the upgrade.
+    """
+    request: Request = scope["docker_runner.request"]
+    operation = policy.decide(b"POST", request.target)
+    if operation.kind is not Kind.HIJACK:
+        raise RunnerError("upgrade_unsupported", f"{operation.id} has no upgraded stream")
+    if SUBPROTOCOL not in scope["subprotocols"]:
+        raise RunnerError("upgrade_unsupported", f"a stream of the engine is carried by the subprotocol {SUBPROTOCOL}")
+    assert (await receive())["type"] == "websocket.connect"
+    await send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
+    stream = _Stream(receive, send)
+    try:
+        await _carry(engine, operation, request, stream, first_frame_s)
+    except RunnerError as error:
+        if not stream.answered:
+            if error.retryable:
+                request.give_back()
+            status, headers, body = error.response()
+            await stream.answer(status, headers, body)
+            await stream.close(NORMAL if error.status != 401 else POLICY_VIOLATION)
+        else:
+            await stream.close(INTERNAL_ERROR, error.code)
+    except _Violation as error:
+        await stream.close(PROTOCOL_ERROR, str(error))
+    except _Left:
+        pass
+    except asyncio.CancelledError:
+        if request.connection.disconnected:
+            raise
+        await stream.close(SERVICE_RESTART, "shutting_down")
+
+
+class _Stream:
+    """The caller's side: frames in, frames out."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self.answered = False
+
+    async def receive(self) -> bytes | str:
+        """The next frame.
+
+        Raises:
+            _Left: the caller has closed.
+        """
+        message: Any = await self._receive()
+        if message["type"] == "websocket.disconnect":
+            raise _Left
+        data: bytes | str | None = message.get("bytes")
+        return message["text"] if data is None else data
+
+    async def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes | None = None) -> None:
+        """Send the frame that answers the request."""
+        self.answered = True
+        fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+        frame = msgspec.json.encode(_Answer(status, fields, body))
+        await self._send({"type": "websocket.send", "text": frame.decode()})
+
+    async def data(self, data: bytes) -> None:
+        """Send raw bytes; waits while the caller reads slowly."""
+        await self._send({"type": "websocket.send", "bytes": data})
+
+    async def eof(self) -> None:
+        """Say that the engine's half has ended."""
+        await self._send({"type": "websocket.send", "text": EOF})
+
+    async def close(self, code: int, reason: str = "") -> None:
+        """Close the WebSocket."""
+        await self._send({"type": "websocket.close", "code": code, "reason": reason})
+
+
+async def _carry(
+    engine: Engine, operation: policy.Operation, request: Request, stream: _Stream, first_frame_s: float
+) -> None:
+    """Ask the engine, answer, and carry the stream to its end."""
+    body = await _request_body(request, stream, first_frame_s)
+    headers = end_to_end(request.headers, _NOT_FORWARDED)
+    headers += ((b"Connection", b"Upgrade"), (b"Upgrade", operation.upgrade.encode()))
+    with await engine.request(b"POST", request.target, headers, body) as response:
+        answer_headers = end_to_end(response.headers, HOP_BY_HOP)
+        if response.status != 101:
+            await stream.answer(response.status, answer_headers, await response.read(MAX_REFUSAL))
+            await stream.close(NORMAL)
+            return
+        await stream.answer(101, answer_headers)
+        output = asyncio.ensure_future(_carry_output(engine, response, stream))
+        input_ = asyncio.ensure_future(_carry_input(response, stream))
+        try:
+            await asyncio.wait((output, input_), return_when=asyncio.FIRST_COMPLETED)
+            if input_.done():
+                input_.result()  # It ends by an exception only: the caller left, or broke the rules.
+            output.result()
+        finally:
+            output.cancel()
+            input_.cancel()
+            await asyncio.gather(output, input_, return_exceptions=True)
+    await stream.close(NORMAL)
+
+
+_NOT_FORWARDED = NOT_FORWARDED | {
+    b"sec-websocket-key",
+    b"sec-websocket-version",
+    b"sec-websocket-protocol",
+    b"sec-websocket-extensions",
+    b"origin",
+}
+
+
+async def _request_body(request: Request, stream: _Stream, limit_s: float) -> bytes:
+    """The first frame: the request's body, which must be the one that was signed."""
+    try:
+        async with asyncio.timeout(limit_s):
+            frame = await stream.receive()
+    except TimeoutError:
+        raise RunnerError("request_timeout", "the frame with the request's body did not come in time") from None
+    if isinstance(frame, bytes):
+        raise _Violation("the first frame must be text: the request's body")
+    body = frame.encode()
+    announced = next((value for name, value in request.headers if name == b"x-dr-content-sha256" and value), None)
+    if body_hash(body) != (EMPTY_BODY_HASH if announced is None else announced.decode()):
+        raise RunnerError("body_hash_mismatch", "the body in the first frame is not the one that was signed")
+    return body
+
+
+async def _carry_output(engine: Engine, response: EngineResponse, stream: _Stream) -> None:
+    while chunk := await response.next():
+        await stream.data(chunk)
+    await check_whole(engine)
+    await stream.eof()
+
+
+async def _carry_input(response: EngineResponse, stream: _Stream) -> None:
+    """Give the engine what the caller sends. What comes after the stream's end goes nowhere, as on a socket."""
+    ended = False
+    while True:
+        frame = await stream.receive()
+        if isinstance(frame, str):
+            if frame.replace(" ", "") != EOF:
+                raise _Violation("a text frame within the stream can only say eof")
+            if not ended:
+                response.write_eof()
+            ended = True
+        elif ended:
+            raise _Violation("data came after eof")
+        elif not response.complete:
+            try:
+                await response.write(frame)
+            except RunnerError:
+                if not response.complete:
+                    raise
+
+
+async def check_whole(engine: Engine) -> None:
+    """A raw stream ends with its connection, whether it is complete or the engine was killed: see which it was.
+
+    Raises:
+        RunnerError: `engine_cut_body`: the engine has gone with it.
+    """
+    try:
+        await engine.ping(ALIVE_LIMIT_S)
+    except RunnerError as error:
+        if error.code == "engine_busy":
+            return
+        raise RunnerError("engine_cut_body", f"the stream ended, and the engine does not answer: {error}") from error
