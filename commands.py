@@ -1,11 +1,14 @@
 """What the commands of the command line do. Their arguments are parsed in `runner.py`, curl's in `curl.py`."""
 
+import asyncio
 import json
 import logging
 import os
 import re
 import resource
 import shlex
+import signal
+import ssl
 import stat
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +25,7 @@ from settings import Settings, SettingsError, read_engine_socket, read_keyring, 
 if TYPE_CHECKING:
     from runner import App
 
-__all__ = ["UsageError", "check", "curl", "serve", "sign"]
+__all__ = ["UsageError", "bridge", "check", "curl", "serve", "sign"]
 
 SHORTEST_SECRET = 16
 """Characters below which `check` calls a secret too short and `serve` warns."""
@@ -100,6 +103,68 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ: Mapping[str, str]) -> int:
+    """Run the bridge until SIGTERM.
+
+    Args:
+        url: of the runner.
+        address: to listen at.
+        tls_files: paths by option: `ca`, `cert`, `key`.
+        environ: holds the secret.
+
+    Raises:
+        UsageError: an option is wrong.
+        SettingsError: there is no secret.
+    """
+    import uvloop  # Late: the other commands start without these.
+
+    from bridge import Bridge, listen
+    from uplink import Uplink
+
+    keyring = read_keyring(environ)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        uplink = Uplink(url, lambda: keyring.secrets[0], _tls(tls_files))
+    except ValueError as error:
+        raise UsageError(f"--url: {error}") from error
+    try:
+        sock = listen(address)
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--listen {address}: {reason}") from error
+
+    def reload() -> None:
+        nonlocal keyring
+        try:
+            keyring = read_keyring(environ)
+        except SettingsError as error:
+            log.error("kept the old secret: %s", error)
+
+    async def run() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+        name = sock.getsockname()
+        where = f"unix://{name}" if isinstance(name, str) else f"tcp://{name[0]}:{name[1]}"
+        await Bridge(uplink, sock).serve(lambda: log.info("bridge listens on %s, for the runner at %s", where, url))
+
+    _allow_many_files()
+    uvloop.run(run())
+    return 0
+
+
+def _tls(files: Mapping[str, str | None]) -> ssl.SSLContext | None:
+    if not any(files.values()):
+        return None
+    try:
+        context = ssl.create_default_context(cafile=files["ca"])
+        if files["cert"]:
+            context.load_cert_chain(files["cert"], files["key"])
+        elif files["key"]:
+            raise UsageError("--key goes with --cert")
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(f"--ca, --cert, --key: {error}") from error
+    return context
 
 
 def check(environ: Mapping[str, str]) -> int:

@@ -104,6 +104,10 @@ CODES: Mapping[str, Code] = {
     "engine_cut_head": Code(502, False, "The engine closed the connection before its answer; it may have happened."),
     "engine_cut_body": Code(502, False, "The engine's answer broke off; the operation may have happened."),
     "engine_garbage": Code(502, False, "What the engine sent is not HTTP; the operation may have happened."),
+    # The bridge.
+    "foreign_origin": Code(403, False, "Bridge on TCP: a browser, or a `Host` other than loopback, asks."),
+    "runner_unreachable": Code(503, True, "Bridge: there is no way to the runner."),
+    "runner_cut": Code(502, False, "Bridge: the runner's answer did not come; the operation may have happened."),
     # The runner itself.
     "shutting_down": Code(503, True, "The runner is ending and takes no new requests."),
     "internal_error": Code(500, False, "A defect of the runner; its log says more."),

@@ -112,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return commands.serve(create_app, environ)
             case "check":
                 return commands.check(environ)
+            case "bridge":
+                files = {"ca": options.ca, "cert": options.cert, "key": options.key}
+                return commands.bridge(options.url, options.listen, files, environ)
             case _:
                 return commands.sign(
                     options.method, options.path, options.data, options.data_file, options.format, environ
@@ -180,6 +183,22 @@ def _parser() -> argparse.ArgumentParser:
         "application/json to a -d body that names no type.",
         "docker-runner curl -s '/containers/json?all=1'",
     )
+    bridge = add(
+        "bridge",
+        "a local plain socket for Docker tools, in front of a runner",
+        "Serves the plain Engine API at a local address until SIGTERM, and forwards each request, signed, to a\n"
+        "runner. The docker CLI, compose and the SDKs work through it as through the engine's own socket. SIGHUP\n"
+        "reads DOCKER_RUNNER_SHARED_SECRET_FILE again.",
+        "docker-runner bridge --url http://runner:7071 --listen unix:///run/user/1000/docker-runner.sock\n"
+        "  DOCKER_HOST=unix:///run/user/1000/docker-runner.sock docker ps",
+    )
+    bridge.add_argument("--url", required=True, help="where the runner is: http://HOST:PORT or https://HOST:PORT")
+    bridge.add_argument(
+        "--listen", required=True, metavar="ADDRESS", help="unix:///PATH (made with mode 0600) or tcp://127.0.0.1:PORT"
+    )
+    bridge.add_argument("--ca", metavar="FILE", help="https: trust this authority, and no other")
+    bridge.add_argument("--cert", metavar="FILE", help="https: a client certificate (PEM), with its chain")
+    bridge.add_argument("--key", metavar="FILE", help="https: its key, if it is not in the same file")
     return parser
 
 
