@@ -47,6 +47,8 @@ class Operation(msgspec.Struct, frozen=True):
     """The engine begins its answer at once, so that a time limit on its head is safe."""
     upgrade: str = "tcp"
     """HIJACK: the protocol that the engine is asked to upgrade to."""
+    preset: str = "workloads"
+    """The narrowest of `PRESETS` that allows it."""
     max_segments: int = 1
     """How many segments the parameter may span (names of images hold slashes; a link is `container/alias`)."""
 
@@ -56,6 +58,9 @@ def _quick(name: str, method: str, template: str) -> Operation:
 
 
 _ANY = 64
+
+PRESETS = ("workloads", "everything")
+"""What a runner may be set to allow, each more than the one before."""
 
 OPERATIONS: tuple[Operation, ...] = (
     _quick("SystemPing", "GET", "/_ping"),
@@ -95,6 +100,9 @@ OPERATIONS: tuple[Operation, ...] = (
     _quick("ExecInspect", "GET", "/exec/{id}/json"),
     _quick("ImageList", "GET", "/images/json"),
     Operation("ImageBuild", "POST", "/build", Kind.PROGRESS),
+    # What BuildKit does over these, no policy can see: HTTP/2 with calls of its own, which read the caller's files.
+    Operation("Session", "POST", "/session", Kind.HIJACK, upgrade="h2c", preset="everything"),
+    Operation("Grpc", "POST", "/grpc", Kind.HIJACK, upgrade="h2c", preset="everything"),
     Operation("BuildPrune", "POST", "/build/prune"),
     Operation("ImageCreate", "POST", "/images/create", Kind.PROGRESS),
     Operation("ImageInspect", "GET", "/images/{name}/json", quick=True, max_segments=_ANY),
@@ -170,6 +178,16 @@ def decide(method: bytes, target: bytes) -> Operation:
         allow = (b"allow", ", ".join(allowed).encode())
         raise RunnerError("method_not_allowed", f"{asked} is not allowed here", headers=(allow,))
     raise RunnerError("not_found", "no such operation, or not among the curated ones")
+
+
+def permit(operation: Operation, preset: str) -> None:
+    """Refuse what the runner is not set to allow.
+
+    Raises:
+        RunnerError: `operation_denied`.
+    """
+    if PRESETS.index(operation.preset) > PRESETS.index(preset):
+        raise RunnerError("operation_denied", f"the policy '{preset}' does not allow {operation.id}")
 
 
 def _find(method: str, path: str) -> Operation | None:

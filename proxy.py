@@ -31,22 +31,26 @@ class EngineFace:
         head_s: time limit on the answer's head for quick operations.
         event_buffer: bytes of events held for one caller that reads slowly.
         first_frame_s: how long the request body of an upgraded stream may take to come.
+        preset: one of `policy.PRESETS`.
     """
 
-    def __init__(self, engine: Engine, *, head_s: float, event_buffer: int, first_frame_s: float) -> None:
+    def __init__(self, engine: Engine, *, head_s: float, event_buffer: int, first_frame_s: float, preset: str) -> None:
         self._engine = engine
         self._head_s = head_s
         self._event_buffer = event_buffer
         self._first_frame_s = first_frame_s
+        self._preset = preset
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request, or refuse it with a `RunnerError`."""
         request: Request = scope["docker_runner.request"]
         connection = request.connection
-        if scope["type"] == "websocket":
-            await upgrades.serve(self._engine, scope, receive, send, first_frame_s=self._first_frame_s)
+        upgraded = scope["type"] == "websocket"
+        operation = policy.decide(b"POST" if upgraded else request.method, request.target)
+        policy.permit(operation, self._preset)
+        if upgraded:
+            await upgrades.serve(self._engine, operation, scope, receive, send, first_frame_s=self._first_frame_s)
             return
-        operation = policy.decide(request.method, request.target)
         if operation.kind is Kind.HIJACK and any(name == b"upgrade" for name, _ in request.headers):
             raise RunnerError(
                 "upgrade_required",

@@ -51,6 +51,7 @@ class App:
             head_s=settings.engine_head_s,
             event_buffer=settings.event_buffer,
             first_frame_s=settings.body_timeout_s,
+            preset=settings.policy,
         )
         options = Options(
             default_image=settings.default_image,

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from auth import Keyring
+from policy import PRESETS
 
 MIB = 1024 * 1024
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error", "fatal")
@@ -48,6 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     default_image: str
     max_output: int
     sse_keep_alive_s: float
+    policy: str
     trusted_proxies: tuple[str, ...]
     path_prefix: str
 
@@ -77,6 +79,12 @@ def _seconds(low_ms: int, high_ms: int) -> Callable[[str], float]:
 def _level(text: str) -> str:
     if text not in LOG_LEVELS:
         raise ValueError(f"must be one of {' '.join(LOG_LEVELS)}")
+    return text
+
+
+def _preset(text: str) -> str:
+    if text not in PRESETS:
+        raise ValueError(f"must be one of {' '.join(PRESETS)}")
     return text
 
 
@@ -156,6 +164,9 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "DOCKER_RUNNER_SSE_KEEP_ALIVE_MS": Variable(
         "15000", _seconds(100, 3_600_000), "sse_keep_alive_s", "A quiet SSE stream carries a comment this often, in ms."
+    ),
+    "DOCKER_RUNNER_POLICY": Variable(
+        "workloads", _preset, "policy", "`workloads`, or `everything`: also `Session` and `Grpc` (BuildKit)."
     ),
     "DOCKER_RUNNER_TRUSTED_PROXIES": Variable(
         "", _addresses, "trusted_proxies", "Addresses whose `X-Forwarded-For` is believed, comma-separated."

@@ -15,13 +15,12 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-import policy
 from admission import Request
 from client import EMPTY_BODY_HASH, body_hash
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
-from policy import Kind
+from policy import Kind, Operation
 
 SUBPROTOCOL = "docker-runner.stream.v1"
 MAX_REFUSAL = 16 * 1024 * 1024
@@ -48,14 +47,15 @@ class _Violation(Exception):  # noqa: N818
     """The caller sent what the subprotocol does not know."""
 
 
-async def serve(engine: Engine, scope: Scope, receive: Receive, send: Send, *, first_frame_s: float) -> None:
-    """Serve one WebSocket of the engine face.
+async def serve(
+    engine: Engine, operation: Operation, scope: Scope, receive: Receive, send: Send, *, first_frame_s: float
+) -> None:
+    """Serve one WebSocket of the engine face, on the target of `operation`.
 
     Raises:
         RunnerError: refused before the upgrade.
     """
     request: Request = scope["docker_runner.request"]
-    operation = policy.decide(b"POST", request.target)
     if operation.kind is not Kind.HIJACK:
         raise RunnerError("upgrade_unsupported", f"{operation.id} has no upgraded stream")
     if SUBPROTOCOL not in scope["subprotocols"]:
@@ -124,9 +124,7 @@ class _Stream:
         await self._send({"type": "websocket.close", "code": code, "reason": reason})
 
 
-async def _carry(
-    engine: Engine, operation: policy.Operation, request: Request, stream: _Stream, first_frame_s: float
-) -> None:
+async def _carry(engine: Engine, operation: Operation, request: Request, stream: _Stream, first_frame_s: float) -> None:
     """Ask the engine, answer, and carry the stream to its end."""
     body = await _request_body(request, stream, first_frame_s)
     headers = end_to_end(request.headers, _NOT_FORWARDED)

@@ -291,8 +291,8 @@ class TestTargets:
             ("GET", "/services", 404, None),
             ("GET", "/plugins", 404, None),
             ("POST", "/plugins/pull?remote=a", 404, None),
-            ("POST", "/session", 404, None),
-            ("POST", "/grpc", 404, None),
+            ("POST", "/session", 403, None),
+            ("POST", "/grpc", 403, None),
             ("POST", "/build/cancel", 404, None),
             ("POST", "/containers/a/copy", 405, "DELETE"),
             ("POST", "/containers/a/checkpoints", 405, "DELETE"),
@@ -380,5 +380,6 @@ class TestRequests:
 
 def test_every_operation_of_the_table_is_compared_with_the_engine() -> None:
     files = {__name__, *(file.__name__ for file in OTHER_FILES)}
+    speaking_http_2 = {"Session", "Grpc"}  # Compared in test_bridge_buildkit.py, by builds.
     shown = {name for test, names in SHOWN.items() if test.partition(".")[0] in files for name in names}
-    assert shown == {operation.id for operation in policy.OPERATIONS}
+    assert shown | speaking_http_2 == {operation.id for operation in policy.OPERATIONS}
