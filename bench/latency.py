@@ -1,4 +1,4 @@
-"""Latency and throughput of small requests: the engine directly, the runner (signed), HAProxy (unsigned), side by side.
+"""Latency and throughput of small requests: the engine, the runner (signed), the bridge before it, HAProxy (unsigned).
 
     .venv/bin/python bench/latency.py [--rounds 20] [--requests 200] [--socket /var/run/docker.sock]
 
@@ -18,16 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from peers import ROOT, SECRET, bridge, connect, free_port, runner, running
+
 sys.path.insert(0, str(ROOT))
 
-from client import sign  # noqa: E402
-
-SECRET = "bench-secret-0123456789abcdef"
+from client import sign
 
 
 class Peer:
@@ -71,42 +69,6 @@ class Peer:
             size += len(self.sock.recv(1 << 20))
 
 
-def connect(address: tuple[str, int] | str) -> socket.socket:
-    """A connection, to a TCP address or a Unix socket; waits until something listens there."""
-    deadline = time.monotonic() + 10
-    while True:
-        sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
-        try:
-            sock.connect(address)
-        except OSError:
-            sock.close()
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
-        else:
-            if not isinstance(address, str):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-
-
-def free_port() -> int:
-    """A free loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(command: list[str], environ: dict[str, str] | None = None) -> Iterator[None]:
-    """A process for as long as the context lasts."""
-    process = subprocess.Popen(command, env={**os.environ, **(environ or {})}, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,13 +78,12 @@ def main() -> None:
     options = parser.parse_args()
     engine: str = options.socket
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        settings = {"DOCKER_RUNNER_SHARED_SECRET": SECRET, "DOCKER_SOCKET": engine, "DOCKER_RUNNER_ENV": "production"}
-        settings |= {"DOCKER_RUNNER_HOST": "127.0.0.1", "DOCKER_RUNNER_PORT": str(port)}
-        stack.enter_context(running([sys.executable, str(ROOT / "runner.py"), "serve"], settings))
+        port = stack.enter_context(runner(engine))
+        bridged = stack.enter_context(bridge(port, f"{folder}/bridge.sock"))
         peers = [
             Peer("engine", connect(engine), signed=False),
             Peer("runner", connect(("127.0.0.1", port)), signed=True),
+            Peer("bridge+runner", connect(bridged), signed=False),
         ]
         haproxy = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
         if haproxy:
@@ -138,7 +99,7 @@ def main() -> None:
         loads = {"ping": "/_ping", "version": "/version"}
         if images:
             loads["image inspect"] = f"/images/{images[0]['Id']}/json"
-        print(f"{'load':<15}{'peer':<10}{'p50 ms':>9}{'p99 ms':>9}{'x engine':>10}")
+        print(f"{'load':<15}{'peer':<15}{'p50 ms':>9}{'p99 ms':>9}{'x engine':>10}")
         for load, target in loads.items():
             times: dict[str, list[float]] = {peer.name: [] for peer in peers}
             for _ in range(options.rounds):
@@ -147,7 +108,7 @@ def main() -> None:
             base = statistics.median(times["engine"])
             for name, taken in times.items():
                 p50, p99 = statistics.median(taken), sorted(taken)[int(len(taken) * 0.99)]
-                print(f"{load:<15}{name:<10}{p50 * 1000:>9.3f}{p99 * 1000:>9.3f}{p50 / base:>10.2f}")
+                print(f"{load:<15}{name:<15}{p50 * 1000:>9.3f}{p99 * 1000:>9.3f}{p50 / base:>10.2f}")
 
 
 if __name__ == "__main__":
