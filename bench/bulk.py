@@ -40,7 +40,7 @@ START = b'{"Detach":false,"Tty":false}'
 class Plain:
     """A peer that speaks the Engine API on a Unix socket: the engine, the bridge."""
 
-    uploads = ("",)
+    uploads: tuple[str, ...] = ("",)
 
     def __init__(self, address: Any) -> None:
         self._address = address
