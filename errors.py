@@ -53,7 +53,9 @@ CODES: Mapping[str, Code] = {
     "invalid_path": Code(400, False, "The path holds a dot segment, an encoded slash, or a byte that no name has."),
     "not_found": Code(404, False, "No such route, or not among the curated operations."),
     "method_not_allowed": Code(405, False, "The path exists with other methods (see `Allow`)."),
-    "operation_denied": Code(403, False, "The runner's policy (`DOCKER_RUNNER_POLICY`) does not allow the operation."),
+    "policy_denied": Code(
+        403, False, "The policy (`DOCKER_RUNNER_POLICY`) does not allow this; the message names the rule."
+    ),
     "upgrade_unsupported": Code(400, False, "A WebSocket where the operation has none, or of another subprotocol."),
     # The runner face: the request.
     "invalid_json": Code(400, False, "The body is not JSON."),

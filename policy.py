@@ -184,10 +184,10 @@ def permit(operation: Operation, preset: str) -> None:
     """Refuse what the runner is not set to allow.
 
     Raises:
-        RunnerError: `operation_denied`.
+        RunnerError: `policy_denied`.
     """
     if PRESETS.index(operation.preset) > PRESETS.index(preset):
-        raise RunnerError("operation_denied", f"the policy '{preset}' does not allow {operation.id}")
+        raise RunnerError("policy_denied", f"the policy '{preset}' does not allow {operation.id}")
 
 
 def _find(method: str, path: str) -> Operation | None:
