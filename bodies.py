@@ -96,8 +96,8 @@ class Body:
         while piece := await self._in_thread(self._file.read, IN_MEMORY):
             yield piece
 
-    async def read(self) -> bytes | bytearray:
-        """The whole body in memory, once."""
+    async def read(self, limit: int | None = None) -> bytes | bytearray:
+        """The whole body in memory, once. How long it is, is known before: `limit` is for `SignedChunks`."""
         if self._file is None:
             return bytes(self._memory)
         whole = bytearray(self.size)
@@ -196,13 +196,14 @@ class SignedChunks:
             if not self._complete:
                 await self._read_on()
 
-    async def read(self) -> bytes:
-        """The whole body in memory; raises as `chunks`."""
+    async def read(self, limit: int | None = None) -> bytes:
+        """The whole body in memory, of at most `limit` bytes (or `limit_in_memory`); raises as `chunks`."""
+        limit = self._limit_in_memory if limit is None else limit
         whole = bytearray()
         async for data in self.chunks():
             whole += data
-            if len(whole) > self._limit_in_memory:
-                raise too_large(self._limit_in_memory)
+            if len(whole) > limit:
+                raise too_large(limit)
         return bytes(whole)
 
     def close(self) -> None:

@@ -12,8 +12,11 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
+import operations
+import rules
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
+from policy import Policy
 
 R = TypeVar("R")
 
@@ -75,14 +78,21 @@ class Calls:
         engine: who is asked.
         operation: for whom.
         tasks: holds what goes on in the background.
+        policy: of the caller: what it may not ask the engine for, it may not have done here either.
         head_s: how long the engine may take to begin an answer that is only looked up.
     """
 
     def __init__(
-        self, engine: Engine, operation: Operation, tasks: "set[asyncio.Task[Any]]", head_s: float | None = None
+        self,
+        engine: Engine,
+        operation: Operation,
+        tasks: "set[asyncio.Task[Any]]",
+        policy: Policy,
+        head_s: float | None = None,
     ) -> None:
         self.engine = engine
         self.operation = operation
+        self._policy = policy
         self._tasks = tasks
         self._head_s = head_s
 
@@ -104,6 +114,7 @@ class Calls:
         headers: tuple[tuple[bytes, bytes], ...] = (),
         thing: Thing | None = None,
         accept: tuple[int, ...] = (),
+        own: bool = False,
         **stream: Any,
     ) -> EngineResponse:
         """Begin a call; the answer is still to be read, by `with`.
@@ -115,6 +126,7 @@ class Calls:
             body, headers: another body, with its type.
             thing: what a 404 means here, if not what it means for the operation.
             accept: statuses of 300 and above that are no failure here.
+            own: asked by the runner to do its work (how did the exec end?), not by the caller: policy has no say.
             stream: further arguments of `Engine.request`.
 
         Raises:
@@ -126,11 +138,21 @@ class Calls:
             body, headers = msgspec.json.encode(json), (_JSON, *headers)
         elif body is None and method in ("POST", "PUT"):
             body = b""
+        if not own:
+            self.check(method, target.encode(), body if isinstance(body, bytes) else b"")
         response = await self.engine.request(method.encode(), target.encode(), headers, body, **stream)
         if response.status < 300 or response.status in accept:
             return response
         with response:
             raise self.failure(response.status, await response.read(MAX_ANSWER), thing)
+
+    def check(self, method: str, target: bytes, body: bytes) -> None:
+        """Refuse what the caller's policy does not allow; `open` does it by itself.
+
+        Raises:
+            RunnerError: `policy_denied` and the others of `rules.check`.
+        """
+        rules.check(self._policy, operations.decide(method.encode(), target), target, body=body)
 
     async def call(
         self, method: str, path: str, query: Mapping[str, str | int | bool | None] | None = None, **more: Any

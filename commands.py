@@ -20,7 +20,7 @@ from auth import Keyring
 from client import __version__
 from client import sign as signed_headers
 from curl import UsageError, signed_arguments
-from settings import Settings, SettingsError, read_engine_socket, read_keyring, read_settings
+from settings import Settings, SettingsError, read_engine_socket, read_keyring, read_policies, read_settings
 
 if TYPE_CHECKING:
     from runner import App
@@ -68,6 +68,12 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
         else:
             log.info("read the secrets again: %d accepted", len(app.verifier.keyring.secrets))
             _warn_of_short_secrets(app.verifier.keyring)
+        try:
+            app.policies = read_policies(environ)
+        except SettingsError as error:
+            log.error("kept the old policy: %s", error)
+        else:
+            log.info("read the policy again: %s", app.policies.default.name)
 
     def started() -> None:
         for sock in sockets:

@@ -100,6 +100,8 @@ async def start(calls: Calls, request: Start, default_image: str) -> dict[str, s
     """
     body, name = create_body(request, default_image)
     platform = request.platform or None
+    # Before anything is pulled.
+    calls.check("POST", b"/containers/create", msgspec.json.encode(body))
     await images.ensure(calls, body["Image"], platform)
     creating = calls.background(_create(calls, body, name, platform))
     try:
@@ -129,7 +131,7 @@ async def _remove_created(calls: Calls, creating: asyncio.Task[str]) -> RunnerEr
         return None
     try:
         # 404 and 409: the engine removes it by itself.
-        await calls.call("DELETE", f"/containers/{container}", {"force": True, "v": True}, accept=(404, 409))
+        await calls.call("DELETE", f"/containers/{container}", {"force": True, "v": True}, accept=(404, 409), own=True)
     except RunnerError as error:
         return error
     return None
@@ -149,9 +151,9 @@ async def remove(calls: Calls, container: str, *, force: bool, volumes: bool) ->
     await calls.call("DELETE", path, {"force": force, "v": volumes})
 
 
-async def inspect(calls: Calls, container: str) -> bytes:
-    """The engine's JSON of a container, unchanged."""
-    return await calls.call("GET", f"/containers/{segment(Thing.CONTAINER, container)}/json")
+async def inspect(calls: Calls, container: str, *, own: bool = False) -> bytes:
+    """The engine's JSON of a container, unchanged. `own`: see `Calls.open`."""
+    return await calls.call("GET", f"/containers/{segment(Thing.CONTAINER, container)}/json", own=own)
 
 
 class _Config(msgspec.Struct, rename="pascal"):
@@ -170,9 +172,9 @@ class Inspected(msgspec.Struct, rename="pascal"):
     network_settings: _Network
 
 
-async def inspected(calls: Calls, container: str) -> Inspected:
+async def inspected(calls: Calls, container: str, *, own: bool = False) -> Inspected:
     """A container's labels, terminal and networks."""
-    return decoded(await inspect(calls, container), Inspected)
+    return decoded(await inspect(calls, container, own=own), Inspected)
 
 
 class _Mount(msgspec.Struct, rename="pascal"):

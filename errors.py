@@ -53,6 +53,8 @@ CODES: Mapping[str, Code] = {
     "invalid_path": Code(400, False, "The path holds a dot segment, an encoded slash, or a byte that no name has."),
     "not_found": Code(404, False, "No such route, or not among the curated operations."),
     "method_not_allowed": Code(405, False, "The path exists with other methods (see `Allow`)."),
+    "ambiguous_body": Code(400, False, "The engine could read the body otherwise than the policy does."),
+    "ambiguous_query": Code(400, False, "The engine could read the query otherwise than the policy does."),
     "policy_denied": Code(
         403, False, "The policy (`DOCKER_RUNNER_POLICY`) does not allow this; the message names the rule."
     ),

@@ -149,7 +149,7 @@ class Exec:
         try:
             async with asyncio.timeout(EXIT_LIMIT_S) as patience:
                 while True:
-                    answer = await self._calls.call("GET", f"/exec/{self.id}/json", thing=Thing.EXEC)
+                    answer = await self._calls.call("GET", f"/exec/{self.id}/json", thing=Thing.EXEC, own=True)
                     state = msgspec.json.decode(answer, type=_State)
                     if state.running:
                         patience.reschedule(now() + EXIT_LIMIT_S)

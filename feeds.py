@@ -98,7 +98,7 @@ async def logs(calls: Calls, container: str, query: dict[str, Any], keep_alive_s
         query: of the engine's `ContainerLogs`.
         keep_alive_s: see `Feed`.
     """
-    tty = (await inspected(calls, container)).config.tty
+    tty = (await inspected(calls, container, own=True)).config.tty
     response = await calls.open("GET", f"/containers/{segment(Thing.CONTAINER, container)}/logs", query)
     return Feed(
         _log_messages(response, tty=tty), keep_alive_s=keep_alive_s, close=response.close, endless=bool(query["follow"])

@@ -40,7 +40,7 @@ def _inspect_path(image: str) -> str:
 
 async def is_present(calls: Calls, image: str) -> bool:
     """Whether the engine has the image."""
-    with await calls.open("GET", _inspect_path(image), thing=Thing.IMAGE, accept=(404,)) as response:
+    with await calls.open("GET", _inspect_path(image), thing=Thing.IMAGE, accept=(404,), own=True) as response:
         await response.read(MAX_ANSWER)
         return response.status == 200
 
@@ -54,7 +54,7 @@ async def _check_platform(calls: Calls, image: str, platform: str) -> None:
     """The engine pulls an image of one platform whatever platform was asked for, and says nothing."""
     wanted = platform.split("/")[:2]
     if wanted[-1] in ARCHITECTURES:
-        found = decoded(await calls.call("GET", _inspect_path(image), thing=Thing.IMAGE), _Inspected)
+        found = decoded(await calls.call("GET", _inspect_path(image), thing=Thing.IMAGE, own=True), _Inspected)
         if wanted != [found.os, found.architecture]:
             message = f"image {image} is for {found.os}/{found.architecture}, not for the wanted platform {platform}"
             raise RunnerError("no_such_image", message, status=404)

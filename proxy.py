@@ -6,19 +6,22 @@ connection is aborted: it never looks complete. Where the engine hands its conne
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.types import Receive, Scope, Send
 
-import policy
+import operations
+import rules
 import upgrades
 from admission import Connection, Request
-from bodies import NO_BODY
+from bodies import NO_BODY, too_large
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
-from policy import Kind
+from operations import Kind
+from policy import Policies
 from streams import LineFramer, progress_error
+from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
 
@@ -31,23 +34,35 @@ class EngineFace:
         head_s: time limit on the answer's head for quick operations.
         event_buffer: bytes of events held for one caller that reads slowly.
         first_frame_s: how long the request body of an upgraded stream may take to come.
-        preset: one of `policy.PRESETS`.
+        policies: asked anew for each request, so that they may be read again.
     """
 
-    def __init__(self, engine: Engine, *, head_s: float, event_buffer: int, first_frame_s: float, preset: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        head_s: float,
+        event_buffer: int,
+        first_frame_s: float,
+        policies: Callable[[], Policies],
+    ) -> None:
         self._engine = engine
         self._head_s = head_s
         self._event_buffer = event_buffer
         self._first_frame_s = first_frame_s
-        self._preset = preset
+        self._policies = policies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request, or refuse it with a `RunnerError`."""
         request: Request = scope["docker_runner.request"]
         connection = request.connection
         upgraded = scope["type"] == "websocket"
-        operation = policy.decide(b"POST" if upgraded else request.method, request.target)
-        policy.permit(operation, self._preset)
+        operation = operations.decide(b"POST" if upgraded else request.method, request.target)
+        policy = self._policies().of(request.key)
+        whole = await _read_whole(request) if rules.needs_body(policy, operation) else None
+        rules.check(
+            policy, operation, request.target, request.headers, whole or b"", has_body=request.body is not NO_BODY
+        )
         if upgraded:
             await upgrades.serve(self._engine, operation, scope, receive, send, first_frame_s=self._first_frame_s)
             return
@@ -66,7 +81,7 @@ class EngineFace:
             request.method,
             request.target,
             end_to_end(request.headers, NOT_FORWARDED),
-            _body(request),
+            _body(request) if whole is None else whole,
             length=request.body.size,
             head_s=self._head_s if operation.quick else None,
             buffer_limit=self._event_buffer if operation.kind is Kind.EVENTS else None,
@@ -99,6 +114,15 @@ async def _relay(engine: Engine, response: EngineResponse, kind: Kind, connectio
             raise
         reason = error.message if isinstance(error, RunnerError) else "docker-runner is shutting down"
         await send({"type": "http.response.body", "body": progress_error(reason), "more_body": False})
+
+
+async def _read_whole(request: Request) -> bytes | None:
+    """The body, for the policy to look into; what it has seen is what the engine gets."""
+    if request.body is NO_BODY:
+        return None
+    if (request.body.size or 0) > MAX_INSPECTED:
+        raise too_large(MAX_INSPECTED)
+    return bytes(await request.body.read(MAX_INSPECTED))
 
 
 def _body(request: Request) -> bytes | AsyncIterator[bytes] | None:

@@ -27,7 +27,7 @@ from workloads import Options
 class App:
     """The whole service as one ASGI application.
 
-    `verifier` may be given new secrets while it runs.
+    `verifier` may be given new secrets while it runs, and `policies` may be replaced.
     """
 
     def __init__(
@@ -46,12 +46,13 @@ class App:
         self.verifier = Verifier(
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
         )
+        self.policies = settings.policies
         self._engine_face = EngineFace(
             self.engine,
             head_s=settings.engine_head_s,
             event_buffer=settings.event_buffer,
             first_frame_s=settings.body_timeout_s,
-            preset=settings.policy,
+            policies=lambda: self.policies,
         )
         options = Options(
             default_image=settings.default_image,
@@ -60,7 +61,7 @@ class App:
             keep_alive_s=settings.sse_keep_alive_s,
             event_buffer=settings.event_buffer,
         )
-        self._runner_face = create_runner_face(self.engine, options, clock)
+        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, clock)
         limits = Limits(
             max_body=settings.max_body,
             max_upload=settings.max_upload,

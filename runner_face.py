@@ -24,6 +24,7 @@ from admission import Request as Verified
 from calls import Calls, Operation
 from dockerapi import Engine
 from errors import RunnerError
+from policy import Policies
 from workloads import EXEC, INTERACTIVE, JSON, ROUTES, Handler, Interactive, Options, exec_config
 
 READY_MAX_AGE_S = 1.0
@@ -175,10 +176,15 @@ class Readiness:
         return True
 
 
-def create_runner_face(engine: Engine, options: Options, clock: Callable[[], float]) -> ASGIApp:
+def create_runner_face(
+    engine: Engine, options: Options, policies: Callable[[], Policies], clock: Callable[[], float]
+) -> ASGIApp:
     """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
     readiness = Readiness(engine, clock)
     tasks: set[asyncio.Task[Any]] = set()
+
+    def calls(operation: Operation, scope: Mapping[str, Any]) -> Calls:
+        return Calls(engine, operation, tasks, policies().of(_verified(scope).key), options.head_s)
 
     def endpoint(
         method: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation
@@ -188,7 +194,7 @@ def create_runner_face(engine: Engine, options: Options, clock: Callable[[], flo
                 asked = await _decoded_body(request, struct)
             else:
                 asked = decoded_query(_verified(request.scope).target, struct)
-            return await handler(Calls(engine, operation, tasks, options.head_s), asked, request, options)
+            return await handler(calls(operation, request.scope), asked, request, options)
 
         return serve
 
@@ -200,7 +206,7 @@ def create_runner_face(engine: Engine, options: Options, clock: Callable[[], flo
         return Response(b'{"status":"ready"}', media_type=JSON)
 
     async def interactive(socket: WebSocket) -> None:
-        await _interactive(socket, Calls(engine, EXEC, tasks, options.head_s))
+        await _interactive(socket, calls(EXEC, socket.scope))
 
     routes = [
         Route("/v1/health", health),

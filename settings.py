@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from auth import Keyring
-from policy import PRESETS
+from policy import PRESETS, Policies, PolicyError
+from policy import parse as parse_policy
 
 MIB = 1024 * 1024
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error", "fatal")
@@ -49,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     default_image: str
     max_output: int
     sse_keep_alive_s: float
-    policy: str
+    policies: Policies
     trusted_proxies: tuple[str, ...]
     path_prefix: str
 
@@ -79,12 +80,6 @@ def _seconds(low_ms: int, high_ms: int) -> Callable[[str], float]:
 def _level(text: str) -> str:
     if text not in LOG_LEVELS:
         raise ValueError(f"must be one of {' '.join(LOG_LEVELS)}")
-    return text
-
-
-def _preset(text: str) -> str:
-    if text not in PRESETS:
-        raise ValueError(f"must be one of {' '.join(PRESETS)}")
     return text
 
 
@@ -165,9 +160,6 @@ VARIABLES: Mapping[str, Variable] = {
     "DOCKER_RUNNER_SSE_KEEP_ALIVE_MS": Variable(
         "15000", _seconds(100, 3_600_000), "sse_keep_alive_s", "A quiet SSE stream carries a comment this often, in ms."
     ),
-    "DOCKER_RUNNER_POLICY": Variable(
-        "workloads", _preset, "policy", "`workloads`, or `everything`: also `Session` and `Grpc` (BuildKit)."
-    ),
     "DOCKER_RUNNER_TRUSTED_PROXIES": Variable(
         "", _addresses, "trusted_proxies", "Addresses whose `X-Forwarded-For` is believed, comma-separated."
     ),
@@ -179,6 +171,9 @@ KEY_VARIABLES: Mapping[str, str] = {
     "DOCKER_RUNNER_SHARED_SECRET_FILE": (
         "File of secrets, one a line (`name:secret` for a named key): the first signs, all are accepted; "
         "read again on SIGHUP."
+    ),
+    "DOCKER_RUNNER_POLICY": (
+        "`workloads` (if absent), `read-only`, `everything`, or the path of a policy file; read again on SIGHUP."
     ),
     "DOCKER_SOCKET": "The engine's socket; else `DOCKER_RUNNER_SOCKET`, else `DOCKER_HOST` if `unix://`.",
     "DOCKER_RUNNER_SOCKET": "See `DOCKER_SOCKET`.",
@@ -210,6 +205,25 @@ def read_keyring(environ: Mapping[str, str]) -> Keyring:
         raise SettingsError(f"DOCKER_RUNNER_SHARED_SECRET_FILE: cannot read {file}: {error.strerror}") from error
     except ValueError as error:
         raise SettingsError(f"DOCKER_RUNNER_SHARED_SECRET_FILE: {file} {error}") from error
+
+
+def read_policies(environ: Mapping[str, str]) -> Policies:
+    """The policy of each key: a preset, or a file.
+
+    Raises:
+        SettingsError: there is no such preset, or the file cannot be read or is wrong.
+    """
+    named = environ.get("DOCKER_RUNNER_POLICY") or "workloads"
+    if named in PRESETS:
+        return Policies(PRESETS[named])
+    if "/" not in named and not named.endswith(".toml"):
+        raise SettingsError(f"DOCKER_RUNNER_POLICY: must be one of {', '.join(PRESETS)}, or a path, not {named!r}")
+    try:
+        return parse_policy(Path(named).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"DOCKER_RUNNER_POLICY: cannot read {named}: {error.strerror}") from error
+    except (UnicodeDecodeError, PolicyError) as error:
+        raise SettingsError(f"DOCKER_RUNNER_POLICY: {named}: {error}") from error
 
 
 def read_engine_socket(environ: Mapping[str, str]) -> str:
@@ -245,4 +259,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             values[variable.field] = variable.read(text)
         except ValueError as error:
             raise SettingsError(f"{name}: {error}, not {text!r}") from error
-    return Settings(keyring=read_keyring(environ), engine_socket=read_engine_socket(environ), **values)
+    return Settings(
+        keyring=read_keyring(environ),
+        engine_socket=read_engine_socket(environ),
+        policies=read_policies(environ),
+        **values,
+    )

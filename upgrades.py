@@ -20,7 +20,7 @@ from client import EMPTY_BODY_HASH, body_hash
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
-from policy import Kind, Operation
+from operations import Kind, Operation
 
 SUBPROTOCOL = "docker-runner.stream.v1"
 MAX_REFUSAL = 16 * 1024 * 1024

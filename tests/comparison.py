@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 import requests
 
-import policy
+import operations
 from conftest import EngineDirect, Names
 from service import Runner, signed_head
 
@@ -85,7 +85,7 @@ class Both:
         self, method: str, target: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Seen:
         """Ask the runner."""
-        self.compared.add(policy.decide(method.encode(), target.encode()).id)
+        self.compared.add(operations.decide(method.encode(), target.encode()).id)
         if body is None and method in ("POST", "PUT"):
             body = b""  # As requests does it for the engine: a stated length of 0.
         answer = self.runner.request(method, target, body, {"Accept-Encoding": "identity", **(headers or {})})
@@ -122,7 +122,7 @@ class Both:
             return exchange(sock, plain, method)
 
         def through() -> Seen:
-            self.compared.add(policy.decide(method.encode(), target.encode()).id)
+            self.compared.add(operations.decide(method.encode(), target.encode()).id)
             return exchange(
                 self.runner.connect(), signed_head(method, target, b"", "Connection: close", *fields), method
             )

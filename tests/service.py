@@ -50,6 +50,7 @@ class Runner:
             "DOCKER_RUNNER_HOST": "127.0.0.1",
             "DOCKER_RUNNER_PORT": "0",
             "DOCKER_RUNNER_ENV": "production",
+            "DOCKER_RUNNER_POLICY": "everything",  # What a policy refuses is a matter of tests of their own.
             **(environ or {}),
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "PYTEST_"))}

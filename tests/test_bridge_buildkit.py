@@ -21,11 +21,11 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
 @pytest.fixture(scope="module")
-def all_allowed(engine: Engine, short_folder: Path) -> Iterator[Bridge]:
-    """A bridge in front of a runner that allows everything."""
+def usual(engine: Engine, short_folder: Path) -> Iterator[Bridge]:
+    """A bridge in front of a runner with the default policy."""
     with (
-        Runner(engine.socket, {"DOCKER_RUNNER_POLICY": "everything"}) as runner,
-        Bridge(runner.url, f"unix://{short_folder}/all.sock") as bridge,
+        Runner(engine.socket, {"DOCKER_RUNNER_POLICY": "workloads"}) as runner,
+        Bridge(runner.url, f"unix://{short_folder}/usual.sock") as bridge,
     ):
         yield bridge
 
@@ -58,11 +58,11 @@ def steps(output: str) -> set[str]:
 
 
 def test_a_build_through_the_bridge_is_that_of_the_engine(
-    engine: Engine, all_allowed: Bridge, direct: EngineDirect, names: Names, context: Path
+    engine: Engine, bridge: Bridge, direct: EngineDirect, names: Names, context: Path
 ) -> None:
     tags = names("built"), names("built")
     alone = build(f"unix://{engine.socket}", context, tags[0])
-    bridged = build(all_allowed.host, context, tags[1])
+    bridged = build(bridge.host, context, tags[1])
     assert (alone.returncode, bridged.returncode) == (0, 0), bridged.stderr
     assert "what the session carried" in bridged.stderr
     assert len(steps(alone.stderr)) >= 5
@@ -71,16 +71,16 @@ def test_a_build_through_the_bridge_is_that_of_the_engine(
     assert built[0]["Config"] == built[1]["Config"]
 
 
-def test_a_failing_step_fails_the_build(all_allowed: Bridge, names: Names, context: Path) -> None:
+def test_a_failing_step_fails_the_build(bridge: Bridge, names: Names, context: Path) -> None:
     with (context / "Dockerfile").open("a") as file:
         file.write("\nRUN exit 7\n")
-    done = build(all_allowed.host, context, names("built"))
+    done = build(bridge.host, context, names("built"))
     assert done.returncode == 1
     assert "exit code: 7" in done.stderr
 
 
-def test_the_default_policy_denies_it(bridge: Bridge, names: Names, context: Path) -> None:
-    done = build(bridge.host, context, names("built"))
+def test_the_default_policy_denies_it(usual: Bridge, names: Names, context: Path) -> None:
+    done = build(usual.host, context, names("built"))
     assert done.returncode == 1
     assert "unable to upgrade to h2c, received 403" in done.stderr
 
@@ -100,8 +100,8 @@ def upgraded(path: str, target: str) -> bytes:
         return answer
 
 
-def test_buildkits_own_endpoint_speaks_http_2(engine: Engine, all_allowed: Bridge) -> None:
-    answers = [upgraded(path, "/v1.41/grpc") for path in (engine.socket, all_allowed.socket)]
+def test_buildkits_own_endpoint_speaks_http_2(engine: Engine, bridge: Bridge) -> None:
+    answers = [upgraded(path, "/v1.41/grpc") for path in (engine.socket, bridge.socket)]
     for answer in answers:
         head, _, frame = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101 ")
@@ -111,9 +111,9 @@ def test_buildkits_own_endpoint_speaks_http_2(engine: Engine, all_allowed: Bridg
 
 
 @pytest.mark.parametrize("target", ["/grpc", "/v1.41/session"])
-def test_the_default_policy_denies_both_endpoints(bridge: Bridge, target: str) -> None:
+def test_the_default_policy_denies_both_endpoints(usual: Bridge, target: str) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(10)
-        sock.connect(bridge.socket)
+        sock.connect(usual.socket)
         sock.sendall(f"POST {target} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n".encode())
         assert sock.recv(65536).startswith(b"HTTP/1.1 403 ")

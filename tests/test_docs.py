@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import errors
-import policy
+import operations as engine_operations
 import settings
 import workloads
 from conftest import EngineDirect, Names
@@ -27,7 +27,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def operations() -> str:
-    rows = [(f"`{o.id}`", f"`{o.method} {o.template}`") for o in policy.OPERATIONS]
+    rows = [(f"`{o.id}`", f"`{o.method} {o.template}`") for o in engine_operations.OPERATIONS]
     half = (len(rows) + 1) // 2
     padded = [*rows, ("", "")] if len(rows) % 2 else rows
     pairs = [(*padded[number], *padded[number + half]) for number in range(half)]

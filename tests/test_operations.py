@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import policy
+import operations
 from errors import RunnerError
 
 # What the table has and the document has not.
@@ -50,21 +50,21 @@ class TestTable:
     def test_every_operation_stands_in_the_document_with_this_method_and_path(
         self, document: dict[str, tuple[str, str]]
     ) -> None:
-        table = {operation.id: (operation.method, operation.template) for operation in policy.OPERATIONS}
+        table = {operation.id: (operation.method, operation.template) for operation in operations.OPERATIONS}
         assert table == {name: document[name] for name in table}
 
     def test_every_operation_of_the_document_stands_in_the_table_or_is_left_out_for_a_reason(
         self, document: dict[str, tuple[str, str]]
     ) -> None:
         left_out = [name for names in LEFT_OUT.values() for name in names]
-        assert sorted([*left_out, *(operation.id for operation in policy.OPERATIONS)]) == sorted(document)
+        assert sorted([*left_out, *(operation.id for operation in operations.OPERATIONS)]) == sorted(document)
 
     def test_every_template_chooses_its_own_operation_with_and_without_a_version(self) -> None:
-        for operation in policy.OPERATIONS:
+        for operation in operations.OPERATIONS:
             target = re.sub(r"\{\w+\}", "a", operation.template).encode()
             for version in (b"", b"/v1.41", b"/v1.24"):
                 for query in (b"", b"?", b"?a=/b/../c&d=%2F;e"):
-                    assert policy.decide(operation.method.encode(), version + target + query) is operation
+                    assert operations.decide(operation.method.encode(), version + target + query) is operation
 
 
 class TestRefusals:
@@ -84,7 +84,7 @@ class TestRefusals:
         self, method: bytes, target: bytes, allow: bytes
     ) -> None:
         with pytest.raises(RunnerError) as caught:
-            policy.decide(method, target)
+            operations.decide(method, target)
         assert (caught.value.code, caught.value.headers) == ("method_not_allowed", ((b"allow", allow),))
 
     @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ class TestRefusals:
     )
     def test_a_slash_at_the_end_is_no_part_of_a_name(self, method: bytes, target: bytes) -> None:
         with pytest.raises(RunnerError) as caught:
-            policy.decide(method, target)
+            operations.decide(method, target)
         assert caught.value.code in ("invalid_path", "not_found")
 
     @pytest.mark.parametrize("byte", [*range(0x21), *range(0x7F, 0x100), ord("#")])
     def test_a_byte_that_no_target_holds_is_refused_wherever_it_stands(self, byte: int) -> None:
         for target in (b"/images/a%bb/json", b"/images/json?a=%b"):
             with pytest.raises(RunnerError) as caught:
-                policy.decide(b"GET", target.replace(b"%b", bytes([byte])))
+                operations.decide(b"GET", target.replace(b"%b", bytes([byte])))
             assert caught.value.code == "invalid_path"
 
 
@@ -275,7 +275,7 @@ SEGMENTS = (
 )
 HEADS = ("containers", "images", "exec", "networks", "volumes", "distribution", "build")
 LAST = sorted(
-    {operation.template.rpartition("/")[2] for operation in policy.OPERATIONS if operation.template[-1] != "}"}
+    {operation.template.rpartition("/")[2] for operation in operations.OPERATIONS if operation.template[-1] != "}"}
 )
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 
@@ -308,14 +308,14 @@ class TestAgainstTheEnginesRouter:
     @example("GET", "//v1.41//images//json")
     def test_what_is_accepted_is_what_the_engine_serves(self, method: str, target: str) -> None:
         try:
-            chosen = policy.decide(method.encode(), target.encode())
+            chosen = operations.decide(method.encode(), target.encode())
         except RunnerError:
             return
         doubled = "//" in target.partition("?")[0]
         assert engine_chooses(method, target) == (REDIRECT if doubled else chosen.id)
 
     def test_the_oracle_serves_every_operation_of_the_table(self) -> None:
-        for operation in policy.OPERATIONS:
+        for operation in operations.OPERATIONS:
             target = re.sub(r"\{\w+\}", "a", operation.template)
             assert engine_chooses(operation.method, target) == operation.id
             assert engine_chooses(operation.method, f"/v1.41{target}") == operation.id
