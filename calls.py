@@ -6,7 +6,7 @@ path again by then. A name that could become one is answered here as what it is:
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -17,6 +17,7 @@ import rules
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from policy import Policy
+from scope import Narrowed, Scopes
 
 R = TypeVar("R")
 
@@ -79,6 +80,7 @@ class Calls:
         operation: for whom.
         tasks: holds what goes on in the background.
         policy: of the caller: what it may not ask the engine for, it may not have done here either.
+        scopes: who owns what.
         head_s: how long the engine may take to begin an answer that is only looked up.
     """
 
@@ -88,11 +90,13 @@ class Calls:
         operation: Operation,
         tasks: "set[asyncio.Task[Any]]",
         policy: Policy,
+        scopes: Scopes,
         head_s: float | None = None,
     ) -> None:
         self.engine = engine
         self.operation = operation
         self._policy = policy
+        self._scopes = scopes
         self._tasks = tasks
         self._head_s = head_s
 
@@ -115,6 +119,7 @@ class Calls:
         thing: Thing | None = None,
         accept: tuple[int, ...] = (),
         own: bool = False,
+        resolved: bool = False,
         **stream: Any,
     ) -> EngineResponse:
         """Begin a call; the answer is still to be read, by `with`.
@@ -127,6 +132,7 @@ class Calls:
             thing: what a 404 means here, if not what it means for the operation.
             accept: statuses of 300 and above that are no failure here.
             own: asked by the runner to do its work (how did the exec end?), not by the caller: policy has no say.
+            resolved: what the path names the engine itself has named to us: it is the caller's.
             stream: further arguments of `Engine.request`.
 
         Raises:
@@ -138,13 +144,26 @@ class Calls:
             body, headers = msgspec.json.encode(json), (_JSON, *headers)
         elif body is None and method in ("POST", "PUT"):
             body = b""
+        operation = operations.decide(method.encode(), target.encode())
+        inspected = body if isinstance(body, bytes) else b""
         if not own:
-            self.check(method, target.encode(), body if isinstance(body, bytes) else b"")
-        response = await self.engine.request(method.encode(), target.encode(), headers, body, **stream)
+            rules.check(self._policy, operation, target.encode(), body=inspected)
+        label = "" if resolved else self._policy.scope.label
+        async with self._scopes.turn(operation, label):
+            asked = Narrowed(target.encode())
+            if label:
+                asked = await self._scopes.of(label).narrow(operation, target.encode(), inspected)
+            body = body if asked.body is None else asked.body
+            response = await self.engine.request(method.encode(), asked.target, headers, body, **stream)
         if response.status < 300 or response.status in accept:
             return response
         with response:
-            raise self.failure(response.status, await response.read(MAX_ANSWER), thing)
+            raise self.failure(response.status, asked.revealed(await response.read(MAX_ANSWER)), thing)
+
+    async def is_own_event(self) -> Callable[[bytes], Awaitable[bool]]:
+        """Tells of which lines of the engine's events the caller may know."""
+        label = self._policy.scope.label
+        return await self._scopes.of(label).events() if label else _any
 
     def check(self, method: str, target: bytes, body: bytes) -> None:
         """Refuse what the caller's policy does not allow; `open` does it by itself.
@@ -196,6 +215,10 @@ def decoded(answer: bytes, form: type[R]) -> R:
         return msgspec.json.decode(answer, type=form)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunnerError("engine_garbage", f"the engine's answer is not what was asked for: {error}") from error
+
+
+async def _any(line: bytes) -> bool:
+    return True
 
 
 def _text(value: str | int | bool) -> str:

@@ -107,7 +107,7 @@ async def start(calls: Calls, request: Start, default_image: str) -> dict[str, s
     try:
         # Shielded: the engine may create a container for a caller who has left, and only its answer tells which.
         container = await asyncio.shield(creating)
-        await calls.call("POST", f"/containers/{container}/start")
+        await calls.call("POST", f"/containers/{container}/start", resolved=True)
     except BaseException as error:
         left = await asyncio.shield(calls.background(_remove_created(calls, creating)))
         if left is not None and isinstance(error, RunnerError):
@@ -131,7 +131,9 @@ async def _remove_created(calls: Calls, creating: asyncio.Task[str]) -> RunnerEr
         return None
     try:
         # 404 and 409: the engine removes it by itself.
-        await calls.call("DELETE", f"/containers/{container}", {"force": True, "v": True}, accept=(404, 409), own=True)
+        await calls.call(
+            "DELETE", f"/containers/{container}", {"force": True, "v": True}, accept=(404, 409), own=True, resolved=True
+        )
     except RunnerError as error:
         return error
     return None

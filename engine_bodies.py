@@ -260,3 +260,8 @@ class NetworkCreate(_Body):
 class NetworkConnect(_Body):
     container: str | None = None
     endpoint_config: Endpoint | None = None
+
+
+class NetworkDisconnect(_Body):
+    container: str | None = None
+    force: Any = None

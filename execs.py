@@ -96,7 +96,12 @@ class Exec:
         except msgspec.DecodeError as error:
             raise RunnerError("engine_garbage", f"the engine created an exec and gave no id: {error}") from error
         stream = await calls.open(
-            "POST", f"/exec/{created.id}/start", json={"Detach": False, "Tty": tty}, headers=_UPGRADE, thing=Thing.EXEC
+            "POST",
+            f"/exec/{created.id}/start",
+            json={"Detach": False, "Tty": tty},
+            headers=_UPGRADE,
+            thing=Thing.EXEC,
+            resolved=True,
         )
         return cls(calls, created.id, stream, tty=tty)
 
@@ -149,7 +154,9 @@ class Exec:
         try:
             async with asyncio.timeout(EXIT_LIMIT_S) as patience:
                 while True:
-                    answer = await self._calls.call("GET", f"/exec/{self.id}/json", thing=Thing.EXEC, own=True)
+                    answer = await self._calls.call(
+                        "GET", f"/exec/{self.id}/json", thing=Thing.EXEC, own=True, resolved=True
+                    )
                     state = msgspec.json.decode(answer, type=_State)
                     if state.running:
                         patience.reschedule(now() + EXIT_LIMIT_S)

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -148,6 +148,7 @@ async def events(
     calls: Calls, since: str | None, filters: str, *, connection: Connection, buffer_limit: int, keep_alive_s: float
 ) -> Feed:
     """The engine's events, each once. A reader that is too slow is cut off; the engine must not be made to wait."""
+    is_own = await calls.is_own_event()
     response = await calls.open(
         "GET",
         "/events",
@@ -155,17 +156,19 @@ async def events(
         buffer_limit=buffer_limit,
         on_overflow=connection.abort,
     )
-    return Feed(_event_messages(response), keep_alive_s=keep_alive_s, close=response.close, endless=True)
+    return Feed(_event_messages(response, is_own), keep_alive_s=keep_alive_s, close=response.close, endless=True)
 
 
-async def _event_messages(response: EngineResponse) -> AsyncGenerator[bytes, None]:
+async def _event_messages(
+    response: EngineResponse, is_own: Callable[[bytes], Awaitable[bool]]
+) -> AsyncGenerator[bytes, None]:
     framer = LineFramer(max_line=MAX_EVENT)
     async for chunk in response.chunks():
-        lines = framer.feed(chunk).splitlines()
+        lines = [line for line in framer.feed(chunk).splitlines() if line.strip() and await is_own(line)]
         if framer.within_line:
             raise RunnerError("events_failed", f"an event is longer than {MAX_EVENT} bytes")
         if lines:
-            yield b"".join(sse(b'{"type":"event","event":' + line + b"}") for line in lines if line.strip())
+            yield b"".join(sse(b'{"type":"event","event":' + line + b"}") for line in lines)
     raise RunnerError("events_failed", "the engine ended the stream of events")
 
 

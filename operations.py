@@ -164,6 +164,14 @@ def parameter(operation: Operation, target: bytes) -> str:
     return unquote_to_bytes("/".join(segments)).decode("utf-8", "surrogateescape")
 
 
+def with_parameter(operation: Operation, target: bytes, name: str) -> bytes:
+    """A target with another name (one that needs no escapes) in the place of its own."""
+    path = _path(target)
+    version = _VERSION.match(path)
+    mark = re.sub(r"\{\w+\}", name, operation.template)
+    return f"{version[0] if version else ''}{mark}".encode() + b"".join(target.partition(b"?")[1:])
+
+
 def _path(target: bytes) -> str:
     return _SLASHES.sub("/", target.partition(b"?")[0].decode("latin-1"))
 

@@ -162,6 +162,13 @@ class Network(_Section, frozen=True):
         return all(matches(name, self.options) for name in options)
 
 
+class Ownership(_Section, frozen=True):
+    """`[scope]`: only what carries the label is seen and touched, and what is made gets it. See `scope.py`."""
+
+    label: str = ""
+    """`NAME=VALUE`; empty: there is no scope."""
+
+
 class Policy(_Section, frozen=True):
     """All of it. Beside the sections:"""
 
@@ -179,6 +186,7 @@ class Policy(_Section, frozen=True):
     images: Images = Images()
     volume: Volume = Volume()
     network: Network = Network()
+    scope: Ownership = Ownership()
 
     def permit(self, operation: Operation) -> None:
         """Refuse an operation that is not allowed at all.
@@ -366,6 +374,8 @@ def _section(value: Any, standing: Any, place: str) -> Any:
 def _check(policy: Policy, place: str) -> None:
     if not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", policy.min_api_version):
         raise msgspec.ValidationError(f'{place}min_api_version\0must be a version, such as "1.24"')
+    if policy.scope.label and not re.fullmatch(r"[^=\s,]+=[^\s,]+", policy.scope.label):
+        raise msgspec.ValidationError(f"{place}scope.label\0must be NAME=VALUE, without blanks and commas")
     for bind in policy.container.binds:
         if bind.path != posixpath.normpath(bind.path) or not bind.path.startswith("/") or bind.path.startswith("//"):
             raise msgspec.ValidationError(f"{place}container.binds\0{bind.path!r} is no plain absolute path")

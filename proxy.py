@@ -6,7 +6,7 @@ connection is aborted: it never looks complete. Where the engine hands its conne
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.types import Receive, Scope, Send
 
@@ -18,8 +18,9 @@ from bodies import NO_BODY, too_large
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
-from operations import Kind
+from operations import Kind, Operation
 from policy import Policies
+from scope import Narrowed, Scopes
 from streams import LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
@@ -35,6 +36,7 @@ class EngineFace:
         event_buffer: bytes of events held for one caller that reads slowly.
         first_frame_s: how long the request body of an upgraded stream may take to come.
         policies: asked anew for each request, so that they may be read again.
+        scopes: who owns what.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class EngineFace:
         event_buffer: int,
         first_frame_s: float,
         policies: Callable[[], Policies],
+        scopes: Scopes,
     ) -> None:
         self._engine = engine
         self._head_s = head_s
         self._event_buffer = event_buffer
         self._first_frame_s = first_frame_s
         self._policies = policies
+        self._scopes = scopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request, or refuse it with a `RunnerError`."""
@@ -63,9 +67,25 @@ class EngineFace:
         rules.check(
             policy, operation, request.target, request.headers, whole or b"", has_body=request.body is not NO_BODY
         )
-        if upgraded:
-            await upgrades.serve(self._engine, operation, scope, receive, send, first_frame_s=self._first_frame_s)
-            return
+        label = policy.scope.label
+        async with self._scopes.turn(operation, label):
+            asked = Narrowed(request.target, whole)
+            if label:
+                asked = await self._scopes.of(label).narrow(operation, request.target, whole or b"")
+            if upgraded:
+                await upgrades.serve(self._engine, operation, asked, scope, receive, send, self._first_frame_s)
+                return
+            is_own = await self._scopes.of(label).events() if label and operation.kind is Kind.EVENTS else None
+            response = await self._ask(request, operation, asked)
+        with response:
+            if asked.hidden is not None:
+                await _reveal(response, asked, send)
+                return
+            await _relay(self._engine, response, operation.kind, connection, send, is_own)
+
+    async def _ask(self, request: Request, operation: Operation, asked: Narrowed) -> EngineResponse:
+        """Send the request to the engine, as it was narrowed."""
+        connection = request.connection
         if operation.kind is Kind.HIJACK and any(name == b"upgrade" for name, _ in request.headers):
             raise RunnerError(
                 "upgrade_required",
@@ -77,22 +97,36 @@ class EngineFace:
             task = asyncio.current_task()
             assert task is not None
             connection.on_drain(task.cancel)
-        response = await self._engine.request(
+        return await self._engine.request(
             request.method,
-            request.target,
+            asked.target,
             end_to_end(request.headers, NOT_FORWARDED),
-            _body(request) if whole is None else whole,
+            _body(request) if asked.body is None else asked.body,
             length=request.body.size,
             head_s=self._head_s if operation.quick else None,
             buffer_limit=self._event_buffer if operation.kind is Kind.EVENTS else None,
             on_overflow=connection.abort,
         )
-        with response:
-            await _relay(self._engine, response, operation.kind, connection, send)
 
 
-async def _relay(engine: Engine, response: EngineResponse, kind: Kind, connection: Connection, send: Send) -> None:
-    """Give the engine's answer to the caller, as it comes."""
+async def _reveal(response: EngineResponse, asked: Narrowed, send: Send) -> None:
+    """Give the engine's answer about an object that is not there, with the caller's name for it."""
+    body = asked.revealed(await response.read(MAX_INSPECTED))
+    headers = [field for field in end_to_end(response.headers, HOP_BY_HOP) if field[0].lower() != b"content-length"]
+    headers.append((b"Content-Length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _relay(
+    engine: Engine,
+    response: EngineResponse,
+    kind: Kind,
+    connection: Connection,
+    send: Send,
+    is_own: Callable[[bytes], Awaitable[bool]] | None,
+) -> None:
+    """Give the engine's answer to the caller, as it comes; of the lines of events, those that are the caller's."""
     if response.failure is not None:
         raise response.failure  # Broken before anything of it was passed on: that can still be said.
     framer = LineFramer() if kind in _CUT_AT_LINES and response.status == 200 else None
@@ -107,6 +141,8 @@ async def _relay(engine: Engine, response: EngineResponse, kind: Kind, connectio
                 await upgrades.check_whole(engine)
             if framer is not None:
                 chunk = framer.feed(chunk) + (framer.tail() if ended else b"")
+            if is_own is not None:
+                chunk = b"".join([line for line in chunk.splitlines(keepends=True) if await is_own(line)])
             if chunk or ended:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
     except (RunnerError, asyncio.CancelledError) as error:

@@ -220,6 +220,11 @@ def parameters(target: bytes) -> dict[str, str]:
     return found
 
 
+def network_disconnect(policy: Policy, asked: Asked) -> None:
+    """`NetworkDisconnect`: nothing is refused but a body of two readings, for the sake of scopes."""
+    strict_json.read(asked.body or b"{}", bodies.NetworkDisconnect)
+
+
 RULES: Mapping[str, Rule] = {
     "ContainerCreate": container_create,
     "ContainerUpdate": container_update,
@@ -228,6 +233,7 @@ RULES: Mapping[str, Rule] = {
     "VolumeCreate": volume_create,
     "NetworkCreate": network_create,
     "NetworkConnect": network_connect,
+    "NetworkDisconnect": network_disconnect,
     "ImageCreate": image_create,
     "ImageBuild": image_build,
     "ImageTag": image_target,
@@ -239,7 +245,7 @@ RULES: Mapping[str, Rule] = {
 READ_WHOLE = frozenset(
     (
         *("ContainerCreate", "ContainerUpdate", "ContainerStart", "ContainerExec"),
-        *("VolumeCreate", "NetworkCreate", "NetworkConnect"),
+        *("VolumeCreate", "NetworkCreate", "NetworkConnect", "NetworkDisconnect"),
     )
 )
 """Operations whose body is looked into."""
@@ -247,7 +253,7 @@ _FORM = b"application/x-www-form-urlencoded"
 
 
 def needs_body(policy: Policy, operation: Operation) -> bool:
-    """Whether `check` must be given the body."""
+    """Whether the body must be read whole, for `check` to look into or for a scope to write in."""
     return not policy.unrestricted and operation.id in READ_WHOLE
 
 

@@ -20,6 +20,7 @@ from client import __version__
 from dockerapi import Engine
 from proxy import EngineFace
 from runner_face import create_runner_face
+from scope import Scopes
 from settings import Settings, SettingsError
 from workloads import Options
 
@@ -47,12 +48,14 @@ class App:
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
         )
         self.policies = settings.policies
+        scopes = Scopes(self.engine)
         self._engine_face = EngineFace(
             self.engine,
             head_s=settings.engine_head_s,
             event_buffer=settings.event_buffer,
             first_frame_s=settings.body_timeout_s,
             policies=lambda: self.policies,
+            scopes=scopes,
         )
         options = Options(
             default_image=settings.default_image,
@@ -61,7 +64,7 @@ class App:
             keep_alive_s=settings.sse_keep_alive_s,
             event_buffer=settings.event_buffer,
         )
-        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, clock)
+        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, clock)
         limits = Limits(
             max_body=settings.max_body,
             max_upload=settings.max_upload,

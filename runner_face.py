@@ -25,6 +25,7 @@ from calls import Calls, Operation
 from dockerapi import Engine
 from errors import RunnerError
 from policy import Policies
+from scope import Scopes
 from workloads import EXEC, INTERACTIVE, JSON, ROUTES, Handler, Interactive, Options, exec_config
 
 READY_MAX_AGE_S = 1.0
@@ -177,14 +178,14 @@ class Readiness:
 
 
 def create_runner_face(
-    engine: Engine, options: Options, policies: Callable[[], Policies], clock: Callable[[], float]
+    engine: Engine, options: Options, policies: Callable[[], Policies], scopes: Scopes, clock: Callable[[], float]
 ) -> ASGIApp:
     """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
     readiness = Readiness(engine, clock)
     tasks: set[asyncio.Task[Any]] = set()
 
     def calls(operation: Operation, scope: Mapping[str, Any]) -> Calls:
-        return Calls(engine, operation, tasks, policies().of(_verified(scope).key), options.head_s)
+        return Calls(engine, operation, tasks, policies().of(_verified(scope).key), scopes, options.head_s)
 
     def endpoint(
         method: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation

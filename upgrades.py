@@ -21,6 +21,7 @@ from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from operations import Kind, Operation
+from scope import Narrowed
 
 SUBPROTOCOL = "docker-runner.stream.v1"
 MAX_REFUSAL = 16 * 1024 * 1024
@@ -48,9 +49,15 @@ class _Violation(Exception):  # noqa: N818
 
 
 async def serve(
-    engine: Engine, operation: Operation, scope: Scope, receive: Receive, send: Send, *, first_frame_s: float
+    engine: Engine,
+    operation: Operation,
+    asked: Narrowed,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    first_frame_s: float,
 ) -> None:
-    """Serve one WebSocket of the engine face, on the target of `operation`.
+    """Serve one WebSocket of the engine face, on the target of `operation`, as it was narrowed.
 
     Raises:
         RunnerError: refused before the upgrade.
