@@ -233,7 +233,11 @@ class _Admission:
             raise RunnerError("invalid_chunk", "a WebSocket's request body cannot come as signed chunks")
         reader = SignedChunkReader(secret, base64.b64decode(credentials.signature))
         body = self._body = SignedChunks(
-            reader, self._receive, limit=self._limits.max_upload, limit_in_memory=self._limits.max_body
+            reader,
+            self._receive,
+            limit=self._limits.max_upload,
+            limit_in_memory=self._limits.max_body,
+            pause_s=self._limits.body_timeout_s,
         )
         try:
             await body.begin()

@@ -162,18 +162,20 @@ class SignedChunks:
         receive: of ASGI, the request's.
         limit: bytes of data altogether.
         limit_in_memory: bytes for `read`.
+        pause_s: longest time without a byte, while one is waited for. Time that the taker needs does not count.
     """
 
     size = None
     data = None
 
     def __init__(
-        self, reader: SignedChunkReader, receive: Callable[[], Any], *, limit: int, limit_in_memory: int
+        self, reader: SignedChunkReader, receive: Callable[[], Any], *, limit: int, limit_in_memory: int, pause_s: float
     ) -> None:
         self._reader = reader
         self._receive = receive
         self._limit = limit
         self._limit_in_memory = limit_in_memory
+        self._pause_s = pause_s
         self._left = limit
         self._verified: list[bytes] = []
         self._complete = False
@@ -184,10 +186,11 @@ class SignedChunks:
             await self._read_on()
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The verified data, piece by piece. The caller may pause as long as it likes: it is verified, and watched.
+        """The verified data, piece by piece.
 
         Raises:
-            RunnerError: `invalid_chunk`, `body_too_large`; what was given out before is not the whole body.
+            RunnerError: `invalid_chunk`, `body_too_large`, `request_timeout`; what was given out before is not the
+                whole body.
         """
         while self._verified or not self._complete:
             verified, self._verified = self._verified, []
@@ -210,7 +213,11 @@ class SignedChunks:
         """Nothing to free."""
 
     async def _read_on(self) -> None:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout(self._pause_s):
+                message = await self._receive()
+        except TimeoutError:
+            raise RunnerError("request_timeout", "the body stopped arriving") from None
         if message["type"] == "http.disconnect":
             raise asyncio.CancelledError
         try:

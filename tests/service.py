@@ -39,9 +39,12 @@ class Runner:
     Args:
         engine_socket: path of the engine's socket (there need not be one).
         environ: further settings.
+        forced_gc: see `forced_gc.py`.
     """
 
-    def __init__(self, engine_socket: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, engine_socket: str, environ: Mapping[str, str] | None = None, *, forced_gc: bool = False
+    ) -> None:
         self.engine_socket = engine_socket
         self.secret = SECRET
         settings = {
@@ -59,7 +62,7 @@ class Runner:
         self._logged = threading.Condition()
         self._listens = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "runner.py"), "serve"],
+            [sys.executable, str(ROOT / ("tests/forced_gc.py" if forced_gc else "runner.py")), "serve"],
             env=self.environ,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
