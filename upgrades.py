@@ -10,6 +10,7 @@ Bytes are taken from one side only when the other has taken what came before, so
 """
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from scope import Narrowed
 SUBPROTOCOL = "docker-runner.stream.v1"
 MAX_REFUSAL = 16 * 1024 * 1024
 """Bytes of an answer other than a 101; it is sent in one frame."""
-ALIVE_LIMIT_S = 2.0
+ALIVE_LIMIT_S = 10.0
 """Seconds within which the engine, after the end of a raw stream, must show that it is still there."""
 NORMAL, PROTOCOL_ERROR, POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART = 1000, 1002, 1008, 1011, 1012
 EOF = '{"eof":true}'
@@ -70,25 +71,26 @@ async def serve(
     assert (await receive())["type"] == "websocket.connect"
     await send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
     stream = _Stream(receive, send)
-    try:
-        await _carry(engine, operation, request, stream, first_frame_s)
-    except RunnerError as error:
-        if not stream.answered:
-            if error.retryable:
-                request.give_back()
-            status, headers, body = error.response()
-            await stream.answer(status, headers, body)
-            await stream.close(NORMAL if error.status != 401 else POLICY_VIOLATION)
-        else:
-            await stream.close(INTERNAL_ERROR, error.code)
-    except _Violation as error:
-        await stream.close(PROTOCOL_ERROR, str(error))
-    except _Left:
-        pass
-    except asyncio.CancelledError:
-        if request.connection.disconnected:
-            raise
-        await stream.close(SERVICE_RESTART, "shutting_down")
+    with contextlib.suppress(_Left):
+        try:
+            await _carry(engine, operation, request, stream, first_frame_s)
+        except RunnerError as error:
+            if stream.answered:
+                await stream.close(INTERNAL_ERROR, error.code)
+            else:
+                if error.retryable:
+                    request.give_back()
+                await stream.refuse(error)
+        except _Violation as error:
+            await stream.close(PROTOCOL_ERROR, str(error))
+        except asyncio.CancelledError:
+            if request.connection.disconnected:
+                raise
+            if not stream.answered:
+                reason = "the runner ended before the answer; the request may have happened"
+                await stream.refuse(RunnerError("shutting_down", reason, retryable=False))
+            else:
+                await stream.close(SERVICE_RESTART, "shutting_down")
 
 
 class _Stream:
@@ -111,24 +113,36 @@ class _Stream:
         data: bytes | str | None = message.get("bytes")
         return message["text"] if data is None else data
 
+    async def _give(self, message: dict[str, Any]) -> None:
+        try:
+            await self._send(message)
+        except (OSError, RuntimeError):
+            # The server's ways of saying that the caller, or its breach of the WebSocket protocol, has closed already.
+            raise _Left from None
+
     async def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes | None = None) -> None:
         """Send the frame that answers the request."""
         self.answered = True
         fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         frame = msgspec.json.encode(_Answer(status, fields, body))
-        await self._send({"type": "websocket.send", "text": frame.decode()})
+        await self._give({"type": "websocket.send", "text": frame.decode()})
+
+    async def refuse(self, error: RunnerError) -> None:
+        """Answer with an error of the runner's own, and close."""
+        await self.answer(*error.response())
+        await self.close(POLICY_VIOLATION if error.status == 401 else NORMAL)
 
     async def data(self, data: bytes) -> None:
         """Send raw bytes; waits while the caller reads slowly."""
-        await self._send({"type": "websocket.send", "bytes": data})
+        await self._give({"type": "websocket.send", "bytes": data})
 
     async def eof(self) -> None:
         """Say that the engine's half has ended."""
-        await self._send({"type": "websocket.send", "text": EOF})
+        await self._give({"type": "websocket.send", "text": EOF})
 
     async def close(self, code: int, reason: str = "") -> None:
         """Close the WebSocket."""
-        await self._send({"type": "websocket.close", "code": code, "reason": reason})
+        await self._give({"type": "websocket.close", "code": code, "reason": reason})
 
 
 async def _carry(engine: Engine, operation: Operation, request: Request, stream: _Stream, first_frame_s: float) -> None:
@@ -173,6 +187,9 @@ async def _request_body(request: Request, stream: _Stream, limit_s: float) -> by
             frame = await stream.receive()
     except TimeoutError:
         raise RunnerError("request_timeout", "the frame with the request's body did not come in time") from None
+    except (_Left, asyncio.CancelledError):
+        request.give_back()  # Nothing was forwarded: it may come again as it was.
+        raise
     if isinstance(frame, bytes):
         raise _Violation("the first frame must be text: the request's body")
     body = frame.encode()
@@ -213,12 +230,20 @@ async def _carry_input(response: EngineResponse, stream: _Stream) -> None:
 async def check_whole(engine: Engine) -> None:
     """A raw stream ends with its connection, whether it is complete or the engine was killed: see which it was.
 
+    The engine is asked on a connection of its own: the pool may be full of streams, and waiting there says nothing.
+
     Raises:
         RunnerError: `engine_cut_body`: the engine has gone with it.
     """
     try:
-        await engine.ping(ALIVE_LIMIT_S)
-    except RunnerError as error:
-        if error.code == "engine_busy":
-            return
-        raise RunnerError("engine_cut_body", f"the stream ended, and the engine does not answer: {error}") from error
+        async with asyncio.timeout(ALIVE_LIMIT_S):
+            reader, writer = await asyncio.open_unix_connection(engine.path)
+            try:
+                writer.write(b"HEAD /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n")
+                answer = await reader.readline()
+            finally:
+                writer.transport.abort()
+    except (OSError, TimeoutError) as error:
+        raise RunnerError("engine_cut_body", f"the stream ended, and the engine does not answer: {error!r}") from error
+    if not answer.startswith(b"HTTP/"):
+        raise RunnerError("engine_cut_body", "the stream ended, and the engine does not answer a ping")
