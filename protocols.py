@@ -50,7 +50,9 @@ LINGER_S = 1.0
 CLOSE_S = 30.0
 """Seconds that a caller may take to read the rest of a last answer."""
 LOOK_S = 0.5
-"""Seconds between looks for a WebSocket's caller, while nothing is read of it."""
+"""Seconds between looks for a caller, while nothing is read of it."""
+ONE_FEED = 32 * 1024
+"""Bytes of WebSocket frames that are parsed at once: some thousands of tiny frames, a few tens of milliseconds."""
 _ONE_WRITE = 16 * 1024
 _WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 
@@ -216,6 +218,7 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
         _Caller.__init__(self)
         WebSocketsSansIOProtocol.__init__(self, **uvicorns)
         self.target = target
+        self._unfed = b""
 
     @property
     def response_started(self) -> bool:
@@ -235,9 +238,47 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio.Protocol. The first data is the whole head, from the parser of the upgrade."""
-        super().data_received(data)
         if not self.handshake_initiated:
-            self.abort()
+            super().data_received(data)
+            if not self.handshake_initiated:
+                self.abort()
+        elif self._unfed:
+            self._unfed += data
+        else:
+            self._unfed = data
+            self._feed()
+
+    def _feed(self) -> None:
+        """Parse what has come, a piece in each turn of the loop; nothing more is read meanwhile."""
+        if self.transport.is_closing():
+            self._unfed = b""
+            return
+        piece, self._unfed = self._unfed[:ONE_FEED], self._unfed[ONE_FEED:]
+        super().data_received(piece)
+        if self._unfed:
+            self._pause()
+            self.loop.call_soon(self._feed)
+        elif self.read_paused and self.queue.empty() and not self.disconnected:
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    def _pause(self) -> None:
+        if not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    async def receive(self) -> Any:
+        """ASGI."""
+        message = await super().receive()
+        if self._unfed and not self.disconnected:
+            self._pause()
+        return message
+
+    def handle_ping(self) -> None:
+        """uvicorn. Of a caller that does not read, no pongs are kept (RFC 6455 wants one for the latest ping only)."""
+        pong = b"".join(self.conn.data_to_send())
+        if self.writable.is_set():
+            self.transport.write(pong)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol."""
@@ -247,6 +288,7 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol."""
         self._look.cancel()
+        self._unfed = b""
         super().connection_lost(exc)
         self.leave()
 

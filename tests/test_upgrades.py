@@ -480,7 +480,7 @@ class TestRequest:
 
     def test_no_subprotocol_is_refused(self, watched: Runner, box: str) -> None:
         target = f"/containers/{box}/attach?stream=1"
-        status, error = self.refusal(watched, target, upgrade_headers(target), subprotocols=())
+        status, error = self.refusal(watched, target, upgrade_headers(target), subprotocols=None)
         assert (status, error["code"]) == (400, "upgrade_unsupported")
 
     @pytest.mark.parametrize(
@@ -803,14 +803,14 @@ class TestMemory:
         async def test() -> None:
             async with contextlib.AsyncExitStack() as stack:
                 streams = [await stack.enter_async_context(upgraded(alone, target)) for _ in range(100)]
-                await until(lambda: alone.sockets() == idle + 200)
+                await until(lambda: alone.sockets() >= idle + 199)  # One to the engine may have been kept.
                 for number in (0, 57, 99):
                     await streams[number].send(f"{number}\n".encode())
                     await asyncio.gather(*(stream.until(f"heard-{number}".encode()) for stream in streams))
                 containers.do("POST", f"/containers/{name}/kill", 204)
                 await asyncio.gather(*(stream.to_end() for stream in streams))
                 assert {stream.end for stream in streams} == {WHOLE}
-            await until(lambda: alone.sockets() == idle, 3)
+            await until(lambda: alone.sockets() <= idle, 3)
 
         within(60, test())
 
@@ -869,7 +869,7 @@ class TestHostileCallers:
 
         async def test() -> None:
             async with command(watched, containers, box, "wc -c") as stream:
-                masked = b"\x82\x81\0\0\0\0x"
+                masked = b"\x82\x81\0\0\0\0x"  # One byte of data, masked with zeros.
                 stream.socket.transport.write(masked * count)
                 longest = 0.0
                 for _ in range(50):
@@ -911,7 +911,7 @@ class TestForcedCollection:
     """The event loop holds a half-closed connection only weakly: under a collector that runs all the time, no stream
     may end without a word."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def collected(self, engine: Engine) -> Iterator[Runner]:
         with Runner(engine.socket, forced_gc=True) as running:
             yield running

@@ -103,7 +103,7 @@ async def socket_of(
     target: str,
     headers: Mapping[str, str],
     *,
-    subprotocols: tuple[str, ...] = (SUBPROTOCOL,),
+    subprotocols: tuple[str, ...] | None = (SUBPROTOCOL,),
     **kw: Any,
 ) -> AsyncIterator[Upgraded]:
     """A stream whose first frame is still to be sent."""
@@ -111,7 +111,7 @@ async def socket_of(
     async with connect(
         f"ws://127.0.0.1:{runner.port}{target}",
         additional_headers=headers,
-        subprotocols=[Subprotocol(name) for name in subprotocols],
+        subprotocols=None if subprotocols is None else [Subprotocol(name) for name in subprotocols],
         **options,
     ) as socket:
         yield Upgraded(socket)
