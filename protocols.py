@@ -67,6 +67,13 @@ def _abort(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
+def _hung_up(transport: asyncio.BaseTransport) -> bool:
+    """Whether the caller has left. While reading is paused the event loop does not see that; poll(2) does."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 class _Caller:
     """The callbacks of an `admission.Connection`; each is called once, at once if its time has already come."""
 
@@ -293,13 +300,10 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
         self.leave()
 
     def _look_for_caller(self) -> None:
-        """While reading is paused (stdin that nobody reads) the event loop sees no caller leave; poll(2) does."""
+        """Reading is paused while nobody reads what the caller types."""
         self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
-        if self.read_paused:
-            poll = select.poll()
-            poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-            if poll.poll(0):
-                self.abort()
+        if self.read_paused and _hung_up(self.transport):
+            self.abort()
 
     def shutdown(self) -> None:
         """The service begins to shut down: the application ends its session in-band."""
@@ -334,6 +338,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._linger_left: int | None = None
         self._body_came = False
         self._framing = 0
+        self._look: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol."""
@@ -346,6 +351,8 @@ class HttpProtocol(HttpToolsProtocol):
         """asyncio.Protocol."""
         self._stop_head_timer()
         self._unset_keepalive_if_required()
+        if self._look is not None:
+            self._look.cancel()
         if self.cycle is not None:
             self.cycle.leave()
         super().connection_lost(exc)
@@ -443,6 +450,17 @@ class HttpProtocol(HttpToolsProtocol):
         """httptools."""
         self._body_came = True
         super().on_body(body)
+        if self.flow.read_paused and self._look is None:
+            self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
+
+    def _look_for_caller(self) -> None:
+        """Reading is paused while an engine does not take an upload."""
+        self._look = None
+        if self.flow.read_paused:
+            if _hung_up(self.transport):
+                self.transport.abort()
+            else:
+                self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
 
     def on_message_complete(self) -> None:
         """httptools. It comes too early where an upgrade is asked for: the parser takes no body for the request's."""
