@@ -50,6 +50,7 @@ class EngineFace:
         scopes: Scopes,
     ) -> None:
         self._engine = engine
+        self._witness = upgrades.Witness(engine.path)
         self._head_s = head_s
         self._event_buffer = event_buffer
         self._first_frame_s = first_frame_s
@@ -73,7 +74,9 @@ class EngineFace:
             if label:
                 asked = await self._scopes.of(label).narrow(operation, request.target, whole or b"")
             if upgraded:
-                await upgrades.serve(self._engine, operation, asked, scope, receive, send, self._first_frame_s)
+                await upgrades.serve(
+                    self._engine, self._witness, operation, asked, scope, receive, send, self._first_frame_s
+                )
                 return
             is_own = await self._scopes.of(label).events() if label and operation.kind is Kind.EVENTS else None
             response = await self._ask(request, operation, asked)
@@ -81,7 +84,11 @@ class EngineFace:
             if asked.hidden is not None:
                 await _reveal(response, asked, send)
                 return
-            await _relay(self._engine, response, operation.kind, connection, send, is_own)
+            if operation.kind is Kind.HIJACK and response.status == 200:
+                with self._witness.watching() as line:
+                    await _relay(response, operation.kind, connection, send, check_whole=line.check_whole)
+            else:
+                await _relay(response, operation.kind, connection, send, is_own=is_own)
 
     async def _ask(self, request: Request, operation: Operation, asked: Narrowed) -> EngineResponse:
         """Send the request to the engine, as it was narrowed."""
@@ -119,14 +126,18 @@ async def _reveal(response: EngineResponse, asked: Narrowed, send: Send) -> None
 
 
 async def _relay(
-    engine: Engine,
     response: EngineResponse,
     kind: Kind,
     connection: Connection,
     send: Send,
-    is_own: Callable[[bytes], Awaitable[bool]] | None,
+    *,
+    is_own: Callable[[bytes], Awaitable[bool]] | None = None,
+    check_whole: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Give the engine's answer to the caller, as it comes; of the lines of events, those that are the caller's."""
+    """Give the engine's answer to the caller, as it comes.
+
+    Of the lines of events, those that `is_own` says are the caller's; `check_whole` is asked before the end is told.
+    """
     if response.failure is not None:
         raise response.failure  # Broken before anything of it was passed on: that can still be said.
     framer = LineFramer() if kind in _CUT_AT_LINES and response.status == 200 else None
@@ -137,8 +148,8 @@ async def _relay(
         while not ended:
             chunk = await response.next()
             ended = response.ended
-            if ended and kind is Kind.HIJACK and response.status == 200:
-                await upgrades.check_whole(engine)
+            if ended and check_whole is not None:
+                await check_whole()
             if framer is not None:
                 chunk = framer.feed(chunk) + (framer.tail() if ended else b"")
             if is_own is not None:

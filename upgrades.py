@@ -11,7 +11,9 @@ Bytes are taken from one side only when the other has taken what came before, so
 
 import asyncio
 import contextlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
+from urllib.parse import quote
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -27,8 +29,11 @@ from scope import Narrowed
 SUBPROTOCOL = "docker-runner.stream.v1"
 MAX_REFUSAL = 16 * 1024 * 1024
 """Bytes of an answer other than a 101; it is sent in one frame."""
-ALIVE_LIMIT_S = 10.0
-"""Seconds within which the engine, after the end of a raw stream, must show that it is still there."""
+NO_EVENTS = b"/events?filters=" + quote('{"type":["daemon"],"event":["none"]}').encode()
+ALIVE_LIMIT_S = 2.0
+"""Seconds for the engine to show, after the end of a raw stream, that it is still there; it need not, if it is seen."""
+ALIVE_ALONE_LIMIT_S = 10.0
+"""The same, where nothing else tells of it."""
 NORMAL, PROTOCOL_ERROR, POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART = 1000, 1002, 1008, 1011, 1012
 EOF = '{"eof":true}'
 
@@ -51,6 +56,7 @@ class _Violation(Exception):  # noqa: N818
 
 async def serve(
     engine: Engine,
+    witness: "Witness",
     operation: Operation,
     asked: Narrowed,
     scope: Scope,
@@ -73,7 +79,7 @@ async def serve(
     stream = _Stream(receive, send)
     with contextlib.suppress(_Left):
         try:
-            await _carry(engine, operation, request, stream, first_frame_s)
+            await _carry(engine, witness, operation, asked, request, stream, first_frame_s)
         except RunnerError as error:
             if stream.answered:
                 await stream.close(INTERNAL_ERROR, error.code)
@@ -145,29 +151,38 @@ class _Stream:
         await self._give({"type": "websocket.close", "code": code, "reason": reason})
 
 
-async def _carry(engine: Engine, operation: Operation, request: Request, stream: _Stream, first_frame_s: float) -> None:
+async def _carry(
+    engine: Engine,
+    witness: "Witness",
+    operation: Operation,
+    asked: Narrowed,
+    request: Request,
+    stream: _Stream,
+    first_frame_s: float,
+) -> None:
     """Ask the engine, answer, and carry the stream to its end."""
     body = await _request_body(request, stream, first_frame_s)
     headers = end_to_end(request.headers, _NOT_FORWARDED)
     headers += ((b"Connection", b"Upgrade"), (b"Upgrade", operation.upgrade.encode()))
-    with await engine.request(b"POST", request.target, headers, body) as response:
+    with await engine.request(b"POST", asked.target, headers, body) as response:
         answer_headers = end_to_end(response.headers, HOP_BY_HOP)
         if response.status != 101:
-            await stream.answer(response.status, answer_headers, await response.read(MAX_REFUSAL))
+            await stream.answer(response.status, answer_headers, asked.revealed(await response.read(MAX_REFUSAL)))
             await stream.close(NORMAL)
             return
-        await stream.answer(101, answer_headers)
-        output = asyncio.ensure_future(_carry_output(engine, response, stream))
-        input_ = asyncio.ensure_future(_carry_input(response, stream))
-        try:
-            await asyncio.wait((output, input_), return_when=asyncio.FIRST_COMPLETED)
-            if input_.done():
-                input_.result()  # It ends by an exception only: the caller left, or broke the rules.
-            output.result()
-        finally:
-            output.cancel()
-            input_.cancel()
-            await asyncio.gather(output, input_, return_exceptions=True)
+        with witness.watching() as line:
+            await stream.answer(101, answer_headers)
+            output = asyncio.ensure_future(_carry_output(response, line, stream))
+            input_ = asyncio.ensure_future(_carry_input(response, stream))
+            try:
+                await asyncio.wait((output, input_), return_when=asyncio.FIRST_COMPLETED)
+                if input_.done():
+                    input_.result()  # It ends by an exception only: the caller left, or broke the rules.
+                output.result()
+            finally:
+                output.cancel()
+                input_.cancel()
+                await asyncio.gather(output, input_, return_exceptions=True)
     await stream.close(NORMAL)
 
 
@@ -199,10 +214,10 @@ async def _request_body(request: Request, stream: _Stream, limit_s: float) -> by
     return body
 
 
-async def _carry_output(engine: Engine, response: EngineResponse, stream: _Stream) -> None:
+async def _carry_output(response: EngineResponse, line: "_Line", stream: _Stream) -> None:
     while chunk := await response.next():
         await stream.data(chunk)
-    await check_whole(engine)
+    await line.check_whole()
     await stream.eof()
 
 
@@ -227,23 +242,93 @@ async def _carry_input(response: EngineResponse, stream: _Stream) -> None:
                     raise
 
 
-async def check_whole(engine: Engine) -> None:
-    """A raw stream ends with its connection, whether it is complete or the engine was killed: see which it was.
+class Witness:
+    """Knows, at the end of a raw stream, whether the engine is still the one that began it.
 
-    The engine is asked on a connection of its own: the pool may be full of streams, and waiting there says nothing.
-
-    Raises:
-        RunnerError: `engine_cut_body`: the engine has gone with it.
+    Such a stream ends with its connection, whether it is complete or the engine was killed; and what the caller has not
+    taken yet may outlast the engine, and another engine be there in its place. So while there are streams, one more
+    connection is held, on which the engine keeps silent for as long as it lives (it is asked for events that do not
+    exist). It belongs to no pool: that may be full of streams.
     """
-    try:
-        async with asyncio.timeout(ALIVE_LIMIT_S):
-            reader, writer = await asyncio.open_unix_connection(engine.path)
-            try:
-                writer.write(b"HEAD /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n")
-                answer = await reader.readline()
-            finally:
-                writer.transport.abort()
-    except (OSError, TimeoutError) as error:
-        raise RunnerError("engine_cut_body", f"the stream ended, and the engine does not answer: {error!r}") from error
-    if not answer.startswith(b"HTTP/"):
-        raise RunnerError("engine_cut_body", "the stream ended, and the engine does not answer a ping")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._line: _Line | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["_Line"]:
+        """From the beginning of a stream to its end, which is then for `check_whole`."""
+        if self._line is None or self._line.lost:
+            self._line = _Line(self._path)
+        line = self._line
+        line.streams += 1
+        try:
+            yield line
+        finally:
+            line.streams -= 1
+            if not line.streams:
+                line.close()
+                if self._line is line:
+                    self._line = None
+
+
+class _Line(asyncio.Protocol):
+    """A connection of the witness; opens in the background."""
+
+    def __init__(self, path: str) -> None:
+        self.streams = 0
+        """How many watch it."""
+        self.lost = False
+        """It has stood, and the engine has ended it."""
+        self._path = path
+        self._stands = False
+        self._closed = False
+        self._transport: asyncio.Transport | None = None
+        self._opening = asyncio.ensure_future(self._open())
+
+    async def check_whole(self) -> None:
+        """A stream has ended: see that the engine did not end with it.
+
+        Raises:
+            RunnerError: `engine_cut_body`: it did.
+        """
+        try:
+            async with asyncio.timeout(ALIVE_LIMIT_S if self._stands else ALIVE_ALONE_LIMIT_S):
+                reader, writer = await asyncio.open_unix_connection(self._path)
+                try:
+                    writer.write(b"HEAD /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n")
+                    alive = (await reader.readline()).startswith(b"HTTP/")
+                finally:
+                    writer.transport.abort()
+        except TimeoutError:
+            alive = self._stands  # It is slow, not gone.
+        except OSError:
+            alive = False
+        if self.lost or not alive:
+            raise RunnerError("engine_cut_body", "the stream ended, and so did the engine")
+
+    def close(self) -> None:
+        """Nobody watches any more."""
+        self._closed = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _open(self) -> None:
+        with contextlib.suppress(OSError):  # Then the ping alone decides.
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, self._path)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+        if self._closed:
+            self._transport.abort()
+        else:
+            self._transport.write(b"GET %b HTTP/1.1\r\nHost: docker\r\n\r\n" % NO_EVENTS)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio.Protocol. The answer's head."""
+        self._stands = self._stands or data.startswith(b"HTTP/1.1 200")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio.Protocol."""
+        self.lost = self._stands

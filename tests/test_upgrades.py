@@ -3,8 +3,11 @@ ways, both halves, every end told, nothing held in memory, nothing left behind, 
 
 import asyncio
 import contextlib
+import http.client
 import json
+import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
@@ -32,8 +35,10 @@ BROKEN = (False, 1011)
 MANY = 200 * MIB
 FLAT = 16 * MIB
 """Bytes that a runner's memory may grow by under one stream, of whatever length."""
-SILENCE_S = 15
+SILENCE_S = int(os.environ.get("SILENCE_S", "15"))
 UPGRADED = b"HTTP/1.1 101 UPGRADED\r\nContent-Type: x/y\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+RAW = b"HTTP/1.1 200 OK\r\nContent-Type: x/y\r\n\r\n"
+ENDLESS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -536,7 +541,7 @@ class TestEnds:
             idle = watched.sockets()
             async with command(watched, containers, box, script) as stream:
                 await stream.send(b"some input\n")
-                await until(lambda: watched.sockets() == idle + 2)  # The caller's and the engine's.
+                await until(lambda: watched.sockets() == idle + 3)  # The caller's, the engine's, the witness.
                 if manner == "close":
                     await stream.socket.close()
                 else:
@@ -632,6 +637,70 @@ class TestEnds:
                 assert stream.end == WHOLE
 
         within(20, test())
+
+    def test_an_end_is_whole_when_the_engine_is_seen_to_live_and_does_not_answer(
+        self, fronted: Runner, scripted: ScriptedEngine
+    ) -> None:
+        def script(peer: Peer) -> None:
+            head = peer.read_head()
+            if b"/start" in head:
+                peer.read_exactly(len(START))
+                peer.send(UPGRADED + b"out")
+                peer.engine.go.wait(5)
+            elif b"/events" in head:
+                peer.send(ENDLESS)
+                peer.engine.go.set()
+                peer.wait_closed()
+            else:
+                peer.wait_closed()
+
+        scripted.restart(script)
+
+        async def test() -> None:
+            async with upgraded(fronted, start_of("x"), START) as stream:
+                await stream.to_end()
+                assert (bytes(stream.data), stream.end) == (b"out", WHOLE)
+
+        within(9, test())
+
+    @pytest.mark.parametrize("upgrade", [True, False])
+    def test_a_stream_that_a_slow_reader_takes_after_the_engine_was_replaced_is_broken(
+        self, fronted: Runner, scripted: ScriptedEngine, upgrade: bool
+    ) -> None:
+        """What the old engine sent still lies there; the new one says that it is there, and was never asked for it."""
+        watching = threading.Event()
+
+        def old(peer: Peer) -> None:
+            head = peer.read_head()
+            if b"/start" in head:
+                peer.read_exactly(len(START))
+                peer.send((UPGRADED if upgrade else RAW) + b"out")
+                peer.sock.sendall(bytes(64 * MIB))
+            elif b"/events" in head:
+                peer.send(ENDLESS)
+                watching.set()
+                peer.wait_closed()
+
+        scripted.restart(old)
+
+        async def test() -> None:
+            async with upgraded(fronted, start_of("x"), START, max_queue=1) as stream:
+                await stream.until(b"out")
+                assert await asyncio.to_thread(watching.wait, 5)
+                await asyncio.to_thread(scripted.restart, lambda peer: peer.answer(OK))
+                await stream.to_end()
+                assert stream.end == BROKEN
+
+        if upgrade:
+            within(30, test())
+            return
+        headers = {"Content-Type": "application/json"}
+        with fronted.stream("POST", start_of("x"), START.encode(), headers) as answer:
+            assert answer.read(3) == b"out"
+            assert watching.wait(5)
+            scripted.restart(lambda peer: peer.answer(OK))
+            with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
+                answer.read()
 
     @pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n"])
     def test_an_engine_that_goes_without_a_word_breaks_the_stream(
