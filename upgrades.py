@@ -326,8 +326,9 @@ class _Line(asyncio.Protocol):
             self._transport.write(b"GET %b HTTP/1.1\r\nHost: docker\r\n\r\n" % NO_EVENTS)
 
     def data_received(self, data: bytes) -> None:
-        """asyncio.Protocol. The answer's head."""
-        self._stands = self._stands or data.startswith(b"HTTP/1.1 200")
+        """asyncio.Protocol. The answer's head; and what would be its end, if the engine says one, proves nothing."""
+        begins = data.startswith(b"HTTP/1.1 200") and b"transfer-encoding: chunked" in data.lower()
+        self._stands = (self._stands or begins) and not data.endswith(b"\r\n0\r\n\r\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio.Protocol."""

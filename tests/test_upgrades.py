@@ -669,13 +669,16 @@ class TestEnds:
     ) -> None:
         """What the old engine sent still lies there; the new one says that it is there, and was never asked for it."""
         watching = threading.Event()
+        sent = 0
 
         def old(peer: Peer) -> None:
+            nonlocal sent
             head = peer.read_head()
             if b"/start" in head:
                 peer.read_exactly(len(START))
                 peer.send((UPGRADED if upgrade else RAW) + b"out")
-                peer.sock.sendall(bytes(64 * MIB))
+                while True:
+                    sent += peer.sock.send(bytes(65536))
             elif b"/events" in head:
                 peer.send(ENDLESS)
                 watching.set()
@@ -683,11 +686,19 @@ class TestEnds:
 
         scripted.restart(old)
 
+        def replace() -> None:
+            """When every buffer on the way is full."""
+            assert watching.wait(5)
+            seen = -1
+            while seen != sent:
+                seen = sent
+                threading.Event().wait(0.3)
+            scripted.restart(lambda peer: peer.answer(OK))
+
         async def test() -> None:
             async with upgraded(fronted, start_of("x"), START, max_queue=1) as stream:
                 await stream.until(b"out")
-                assert await asyncio.to_thread(watching.wait, 5)
-                await asyncio.to_thread(scripted.restart, lambda peer: peer.answer(OK))
+                await asyncio.to_thread(replace)
                 await stream.to_end()
                 assert stream.end == BROKEN
 
@@ -697,8 +708,7 @@ class TestEnds:
         headers = {"Content-Type": "application/json"}
         with fronted.stream("POST", start_of("x"), START.encode(), headers) as answer:
             assert answer.read(3) == b"out"
-            assert watching.wait(5)
-            scripted.restart(lambda peer: peer.answer(OK))
+            replace()
             with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
                 answer.read()
 
