@@ -117,7 +117,7 @@ class _Exec(msgspec.Struct):
     container: str = msgspec.field(name="ContainerID")
 
 
-class _Actor(msgspec.Struct):
+class _Actor(msgspec.Struct, frozen=True):
     id: str = msgspec.field(default="", name="ID")
     attributes: dict[str, str] = msgspec.field(default={}, name="Attributes")
 
