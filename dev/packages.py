@@ -23,6 +23,7 @@ PRESENT: dict[str, Callable[[], bool]] = {
     "curl": partial(_program, "curl"),
     "docker-registry": partial(_program, "docker-registry"),
     "docker.io": partial(_program, "dockerd"),
+    "iproute2": partial(_program, "ip"),
     "iptables": partial(_program, "iptables"),
     "openssl": partial(_program, "openssl"),
     "python3-venv": lambda: importlib.util.find_spec("ensurepip") is not None,

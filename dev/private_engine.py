@@ -30,7 +30,6 @@ SOCKET_PATH_LIMIT = 107
 DEEPEST_SOCKET = "exec/containerd/containerd-debug.sock"
 
 DEFAULT_HOSTS = ("fd://", f"unix://{DEFAULT_SOCKET}", "unix:///run/docker.sock")
-NO_NETWORK = ("--bridge=none", "--iptables=false")
 
 
 def private_home(checkout: Path) -> Path:
@@ -50,9 +49,9 @@ class PrivateEngine(Engine):
 
     Args:
         home: absolute, and short enough for the sockets below it (ValueError otherwise).
-        network: whether containers shall have a network, through the default bridge and iptables. Where that cannot
-            be had, the engine starts without and `no_network_because` says why. Without it, containers need
-            `NetworkMode: none`, and any number of such engines live side by side.
+        network: whether containers shall have a network that leads out, through the default bridge and iptables. Where
+            that cannot be had, and without it, the engine gets a bridge of its own: its containers reach each other
+            and this machine, and any number of such engines live side by side. `no_network_because` says why.
         tied: whether the engine shall end with the thread that starts it, whatever ends that.
     """
 
@@ -65,6 +64,7 @@ class PrivateEngine(Engine):
         self.home = home
         self.log = home / "dockerd.log"
         self.no_network_because: str | None = None
+        self._bridge = "dr" + hashlib.sha256(os.fsencode(home)).hexdigest()[:10]
         self._network = network
         self._tied = tied
         self._child: subprocess.Popen[bytes] | None = None
@@ -86,7 +86,13 @@ class PrivateEngine(Engine):
             self.no_network_because = self._bridge_taken() or self._try(dockerd, ())
             if self.no_network_because is None:
                 return
-        failure = self._try(dockerd, NO_NETWORK)
+        bridge = self._bridge
+        try:
+            self._make_bridge()
+        except SetupError as error:
+            # The last resort: with this, dockerd removes the default bridge, whoever uses it.
+            bridge, self.no_network_because = "none", str(error)
+        failure = self._try(dockerd, (f"--bridge={bridge}", "--iptables=false", "--ip-masq=false"))
         if failure is not None:
             raise SetupError(f"dockerd did not start: {failure}")
 
@@ -104,6 +110,8 @@ class PrivateEngine(Engine):
             _signal(pid, signal.SIGTERM)
             wait_until(lambda: self.pid() is None, STOP_TIMEOUT_S)
         self._end_leftovers()
+        if Path(f"/sys/class/net/{self._bridge}").exists():
+            self._ip("link", "delete", self._bridge)
         for mount in reversed(mounts_below(self.home)):
             subprocess.run(["umount", "--lazy", mount], check=False, env={"PATH": SEARCH_PATH})
 
@@ -136,6 +144,21 @@ class PrivateEngine(Engine):
         }
         return sorted(roots | _descendants(roots))
 
+    def _make_bridge(self) -> None:
+        if not Path(f"/sys/class/net/{self._bridge}").exists():
+            self._ip("link", "add", self._bridge, "type", "bridge")
+            number = int(self._bridge[2:], 16)
+            self._ip("address", "add", f"10.{192 + number % 64}.{number // 64 % 256}.1/24", "dev", self._bridge)
+            self._ip("link", "set", self._bridge, "up")
+
+    def _ip(self, *arguments: str) -> None:
+        program = find_program("ip")
+        if program is None:
+            raise SetupError("ip is missing: apt-get install --no-install-recommends iproute2")
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SetupError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
     def _claim_home(self) -> None:
         # Its name is no secret and its parent may be open to all: a folder made by somebody else is not used.
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -152,7 +175,7 @@ class PrivateEngine(Engine):
         if not Path("/sys/class/net/docker0").exists():
             return None
         for _, argv in _all_processes():
-            if os.path.basename(argv[0]) == "dockerd" and "--bridge=none" not in argv:
+            if os.path.basename(argv[0]) == "dockerd" and not any(each.startswith("--bridge=") for each in argv):
                 return "another dockerd uses the docker0 bridge"
         return None
 
@@ -265,7 +288,7 @@ def main() -> None:
         if action == "start":
             engine.start()
             if engine.no_network_because:
-                print(f"engine     without a network for containers: {engine.no_network_because}", flush=True)
+                print(f"engine     without a network that leads out for containers: {engine.no_network_because}", flush=True)
         elif action == "stop":
             ran = engine.pid() is not None
             engine.stop()
