@@ -25,6 +25,7 @@ PRESENT: dict[str, Callable[[], bool]] = {
     "docker.io": partial(_program, "dockerd"),
     "iproute2": partial(_program, "ip"),
     "iptables": partial(_program, "iptables"),
+    "nodejs": partial(_program, "node"),
     "openssl": partial(_program, "openssl"),
     "python3-venv": lambda: importlib.util.find_spec("ensurepip") is not None,
 }

@@ -26,7 +26,7 @@ IMAGE = "docker-runner/busybox:latest"
 VENV_PACKAGES = ["python3-venv", "ca-certificates"]
 ENGINE_PACKAGES = ["docker.io", "iptables", "iproute2"]
 TRY_OUT_PACKAGES = ["curl", "busybox-static"]
-TEST_PACKAGES = [*VENV_PACKAGES, *TRY_OUT_PACKAGES, "openssl", "docker-registry"]
+TEST_PACKAGES = [*VENV_PACKAGES, *TRY_OUT_PACKAGES, "openssl", "nodejs", "docker-registry"]
 SYSTEM_ENGINE_TIMEOUT_S = 30
 
 
