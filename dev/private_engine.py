@@ -288,7 +288,7 @@ def main() -> None:
         if action == "start":
             engine.start()
             if engine.no_network_because:
-                print(f"engine     without a network that leads out for containers: {engine.no_network_because}", flush=True)
+                print(f"engine     its containers have no way out: {engine.no_network_because}", flush=True)
         elif action == "stop":
             ran = engine.pid() is not None
             engine.stop()
