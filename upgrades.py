@@ -300,10 +300,12 @@ class _Line(asyncio.Protocol):
                     alive = (await reader.readline()).startswith(b"HTTP/")
                 finally:
                     writer.transport.abort()
-        except TimeoutError:
-            alive = self._stands  # It is slow, not gone.
-        except OSError:
+        except BlockingIOError:
+            alive = True  # So many want to speak to it that it accepts nobody just now.
+        except (FileNotFoundError, ConnectionError):
             alive = False
+        except OSError:
+            alive = self._stands  # It is slow (TimeoutError), or no file is left here.
         if self.lost or not alive:
             raise RunnerError("engine_cut_body", "the stream ended, and so did the engine")
 

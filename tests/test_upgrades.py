@@ -22,10 +22,11 @@ from conftest import EngineDirect, Names
 from dev import busybox
 from dev.engine import Engine
 from dev.private_engine import PrivateEngine
-from loops import until
-from scripted import OK, Peer, ScriptedEngine
+from loops import run_on, until
+from scripted import OK, Peer, ScriptedEngine, listener_that_never_accepts
 from service import Runner
 from upgraded import EOF, MIB, Upgraded, hijacked, socket_of, upgrade_headers, upgraded
+from upgrades import Witness
 
 START = '{"Detach":false,"Tty":false}'
 START_TTY = '{"Detach":false,"Tty":true}'
@@ -662,6 +663,14 @@ class TestEnds:
                 assert (bytes(stream.data), stream.end) == (b"out", WHOLE)
 
         within(9, test())
+
+    def test_an_engine_that_accepts_nobody_just_now_is_there(self) -> None:
+        async def test(path: str) -> None:
+            with Witness(path).watching() as line:
+                await line.check_whole()
+
+        with listener_that_never_accepts() as path:
+            run_on("uvloop")(test(path))
 
     @pytest.mark.parametrize("upgrade", [True, False])
     def test_a_stream_that_a_slow_reader_takes_after_the_engine_was_replaced_is_broken(
