@@ -19,6 +19,7 @@ import re
 import select
 import socket
 import struct
+import time
 from asyncio import TimerHandle
 from collections.abc import Callable
 from typing import Any, cast
@@ -51,8 +52,10 @@ CLOSE_S = 30.0
 """Seconds that a caller may take to read the rest of a last answer."""
 LOOK_S = 0.5
 """Seconds between looks for a caller, while nothing is read of it."""
-ONE_FEED = 32 * 1024
-"""Bytes of WebSocket frames that are parsed at once: some thousands of tiny frames, a few tens of milliseconds."""
+FEED_S = 0.01
+"""Seconds for which WebSocket frames are parsed at once, about: a few hundred of tiny ones, or all that was read."""
+LEAST_FEED = 4096
+MOST_FEED = 256 * 1024
 _ONE_WRITE = 16 * 1024
 _WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 
@@ -226,6 +229,7 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
         WebSocketsSansIOProtocol.__init__(self, **uvicorns)
         self.target = target
         self._unfed = b""
+        self._feed_size = LEAST_FEED
 
     @property
     def response_started(self) -> bool:
@@ -260,8 +264,13 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
         if self.transport.is_closing():
             self._unfed = b""
             return
-        piece, self._unfed = self._unfed[:ONE_FEED], self._unfed[ONE_FEED:]
+        piece, self._unfed = self._unfed[: self._feed_size], self._unfed[self._feed_size :]
+        started = time.monotonic()
         super().data_received(piece)
+        if time.monotonic() - started > FEED_S:
+            self._feed_size = max(LEAST_FEED, self._feed_size // 4)
+        else:
+            self._feed_size = min(MOST_FEED, self._feed_size * 2)
         if self._unfed:
             self._pause()
             self.loop.call_soon(self._feed)

@@ -30,6 +30,8 @@ SUBPROTOCOL = "docker-runner.stream.v1"
 MAX_REFUSAL = 16 * 1024 * 1024
 """Bytes of an answer other than a 101; it is sent in one frame."""
 NO_EVENTS = b"/events?filters=" + quote('{"type":["daemon"],"event":["none"]}').encode()
+SHORT_S = 0.25
+"""A stream that ends sooner has no need of a witness: no other engine is there by then."""
 ALIVE_LIMIT_S = 2.0
 """Seconds for the engine to show, after the end of a raw stream, that it is still there; it need not, if it is seen."""
 ALIVE_ALONE_LIMIT_S = 10.0
@@ -284,7 +286,8 @@ class _Line(asyncio.Protocol):
         self._stands = False
         self._closed = False
         self._transport: asyncio.Transport | None = None
-        self._opening = asyncio.ensure_future(self._open())
+        self._opening: asyncio.Task[None] | None = None
+        self._begin = asyncio.get_running_loop().call_later(SHORT_S, self._begin_to_open)
 
     async def check_whole(self) -> None:
         """A stream has ended: see that the engine did not end with it.
@@ -312,8 +315,12 @@ class _Line(asyncio.Protocol):
     def close(self) -> None:
         """Nobody watches any more."""
         self._closed = True
+        self._begin.cancel()
         if self._transport is not None:
             self._transport.abort()
+
+    def _begin_to_open(self) -> None:
+        self._opening = asyncio.ensure_future(self._open())
 
     async def _open(self) -> None:
         with contextlib.suppress(OSError):  # Then the ping alone decides.

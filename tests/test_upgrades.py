@@ -8,8 +8,8 @@ import json
 import os
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,8 +397,9 @@ class TestFirstFrame:
         stream = self.refused(fronted, scripted, START, None)
         assert (stream.status, stream.error["code"]) == (408, "request_timeout")
 
-    def test_a_huge_one_is_refused(self, fronted: Runner, scripted: ScriptedEngine) -> None:
-        assert self.refused(fronted, scripted, START, " " * (49 * MIB)).end == (False, 1009)
+    def test_a_huge_one_is_refused(self, scripted: ScriptedEngine) -> None:
+        with Runner(scripted.path) as patient:
+            assert self.refused(patient, scripted, START, " " * (49 * MIB)).end == (False, 1009)
 
     def test_a_caller_that_leaves_before_it_may_come_again_as_it_was(
         self, fronted: Runner, scripted: ScriptedEngine
@@ -961,11 +962,11 @@ class TestHostileCallers:
                 stream.socket.transport.write(masked * count)
                 longest = 0.0
                 for _ in range(50):
-                    longest = max(longest, await asyncio.to_thread(ping_time, watched))
+                    longest = max(longest, await asyncio.to_thread(work_before_a_ping, watched))
                 await stream.send(EOF)
                 await stream.to_end()
                 assert output(stream).strip() == str(count).encode()
-            assert longest < 1
+            assert longest < 0.3
 
         within(60, test())
 
@@ -988,11 +989,16 @@ class TestHostileCallers:
             within(60, test(runner))
 
 
-def ping_time(runner: Runner) -> float:
-    """Seconds that a ping takes."""
-    started = time.monotonic()
+def work_before_a_ping(runner: Runner) -> float:
+    """Seconds that the runner computes until a ping is answered; its own time, whatever else the machine does."""
+    before = cpu_time(runner)
     assert runner.request("GET", "/_ping").body == b"OK"
-    return time.monotonic() - started
+    return cpu_time(runner) - before
+
+
+def cpu_time(runner: Runner) -> float:
+    fields = Path(f"/proc/{runner.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class TestForcedCollection:
