@@ -1,6 +1,8 @@
 """The README against the code: its tables, and its commands run as they stand."""
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import operations as engine_operations
 import settings
 import workloads
 from conftest import EngineDirect, Names
+from dev import wait_until
 from service import ROOT, SECRET, Runner
 
 README = (ROOT / "README.md").read_text()
@@ -173,3 +176,35 @@ def test_the_example_runs_a_container_and_shows_its_output(
     example = checkout / "examples/run-a-container.sh"
     example.write_text(script.replace("docker-runner/busybox:latest", image).replace("hello-", f"{names()}-"))
     assert "Hello from container" in run_in(checkout, "sh examples/run-a-container.sh", runner)
+
+
+def test_the_way_to_a_shell_through_the_bridge(checkout: Path, runner: Runner, image: str, names: Names) -> None:
+    """The two terminals of the README; what a person types into the shell comes over a pseudo-terminal."""
+    serve, use = (
+        block.replace(":7071", f":{runner.port}").replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+        for block in shell_blocks()
+        if ".dev/docker.sock" in block
+    )
+    use = use.replace("docker-runner/busybox:latest", image).replace("demo-box", names())
+    kept = {name: value for name, value in runner.environ.items() if not name.startswith("DOCKER_")}
+    bridge = subprocess.Popen(["bash", "-c", f"exec {serve.strip()}"], cwd=checkout, env=kept)
+    try:
+        assert wait_until((checkout / ".dev/docker.sock").exists, 10)
+        outer, inner = os.openpty()
+        command = ["bash", "-euo", "pipefail", "-c", use]
+        tools = subprocess.Popen(
+            command, cwd=checkout, env=kept, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
+        )
+        os.close(inner)
+        seen = b""
+        with contextlib.suppress(OSError):  # The end of a terminal.
+            while piece := os.read(outer, 65536):
+                if b"# " in piece and b"# " not in seen:
+                    os.write(outer, b"echo from-$((40 + 2)) && exit\n")
+                seen += piece
+        os.close(outer)
+        assert tools.wait(30) == 0, seen
+        assert b"from-42" in seen
+    finally:
+        bridge.terminate()
+        assert bridge.wait(10) == 0
