@@ -138,8 +138,8 @@ def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ:
     try:
         sock = listen(address)
     except (ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"--listen {address}: {reason}") from error
+        reason = isinstance(error, OSError) and error.strerror
+        raise UsageError(f"--listen {address}: {reason or error}") from error
 
     def reload() -> None:
         nonlocal keyring
@@ -147,11 +147,14 @@ def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ:
             keyring = read_keyring(environ)
         except SettingsError as error:
             log.error("kept the old secret: %s", error)
+        else:
+            log.info("read the secret again")
 
     async def run() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         name = sock.getsockname()
-        where = f"unix://{name}" if isinstance(name, str) else f"tcp://{name[0]}:{name[1]}"
+        host = name if isinstance(name, str) else name[0]
+        where = f"unix://{host}" if isinstance(name, str) else f"tcp://{f'[{host}]' if ':' in host else host}:{name[1]}"
         await Bridge(uplink, sock).serve(lambda: log.info("bridge listens on %s, for the runner at %s", where, url))
 
     _allow_many_files()

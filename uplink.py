@@ -10,17 +10,21 @@ import base64
 import collections
 import contextlib
 import os
+import select
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
 
-os.environ["WEBSOCKETS_MAX_LINE_LENGTH"] = str(2 * 65_536)  # Before the import: it would stop at 8 KiB a line.
+# Before the import: it would stop at 8 KiB a line, and take what is signed for one runner to another.
+os.environ["WEBSOCKETS_MAX_LINE_LENGTH"] = str(2 * 65_536)
+os.environ["WEBSOCKETS_MAX_REDIRECTS"] = "1"  # Of attempts.
 
 import h11
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
 from client import STREAMING, body_hash, sign, signed_chunk
@@ -52,6 +56,10 @@ class BrokenOffError(Exception):
     """The runner's answer broke off; what was given of it is not all."""
 
 
+class NoMoreError(Exception):
+    """The runner reads no more of a request's body. It may have answered why."""
+
+
 class Uplink:
     """The runner, as the bridge sees it.
 
@@ -80,8 +88,13 @@ class Uplink:
         self._tls = (tls or ssl.create_default_context()) if secure else None
         self._idle: collections.deque[tuple[float, _Line]] = collections.deque()
 
-    async def request(self, method: str, target: str, headers: Headers, body: bytes | None) -> "Exchange":
+    @contextlib.asynccontextmanager
+    async def request(
+        self, method: str, target: str, headers: Headers, body: bytes | None
+    ) -> AsyncIterator["Exchange"]:
         """Send a request's head, and its body if it is given; None: it follows by `Exchange.send`, in signed chunks.
+
+        Leaving the context drops what is not complete.
 
         Raises:
             RunnerError: `runner_unreachable`: nothing was sent.
@@ -89,11 +102,20 @@ class Uplink:
         line = self._kept()
         if line is not None and method in ("GET", "HEAD") and body == b"":
             exchange = self._begin(line, method, target, headers, body)
-            if await exchange.fill():
-                return exchange
-            exchange.close()
+            try:
+                answered = await exchange.fill()
+                if answered:
+                    yield exchange
+            finally:
+                exchange.close()
+            if answered:
+                return
             line = None
-        return self._begin(line or await self._connect(), method, target, headers, body)
+        exchange = self._begin(line or await self._connect(), method, target, headers, body)
+        try:
+            yield exchange
+        finally:
+            exchange.close()
 
     @contextlib.asynccontextmanager
     async def stream(self, target: str, headers: Headers, body: bytes) -> AsyncIterator["Stream"]:
@@ -106,6 +128,7 @@ class Uplink:
             text = body.decode()
         except UnicodeDecodeError:
             raise RunnerError("bad_request", "docker-runner bridge: the body of this request must be text") from None
+        target = target.removesuffix("?")  # websockets would send it without.
         name, secret = self._signer()
         signed = sign(secret, "GET", target, key=name, content_hash=body_hash(body) if body else None)
         fields = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
@@ -132,7 +155,7 @@ class Uplink:
             refusal = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.raw_items()]
             yield Stream(answer.status_code, refusal, bytes(answer.body or b""))
             return
-        except (OSError, InvalidHandshake, TimeoutError, EOFError) as error:
+        except (OSError, WebSocketException, TimeoutError, EOFError) as error:
             raise self._unreachable(error) from error
         _keep_alive(connection.transport)
         try:
@@ -206,8 +229,20 @@ class _Line:
 
     @property
     def stands(self) -> bool:
-        """Nothing has come on it out of turn, its end included."""
-        return not self.reader.at_eof() and not self.writer.is_closing()
+        """Nothing has come on it out of turn: its end, or what a proxy says before that."""
+        if self.writer.is_closing():
+            return False
+        # Unlike `at_eof`, a read knows what has come. It is begun, and not waited for.
+        reading = self.reader.read(1)
+        try:
+            reading.send(None)
+        except (StopIteration, OSError):
+            return False
+        reading.close()
+        # The loop may not have seen yet what the kernel has.
+        poll = select.poll()
+        poll.register(self.writer.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     def close(self) -> None:
         """Drop it, with whatever is on its way."""
@@ -224,6 +259,8 @@ class Exchange:
         self._secret = secret
         self._previous = previous
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        self._begun = False
+        """The answer's head has come."""
         self._chunked = False
         self._held: list[bytes] = []
         self._held_size = 0
@@ -241,14 +278,17 @@ class Exchange:
         """Send the next piece of the body, at most 1 MiB; waits while the runner reads slowly. No data ends the body.
 
         Raises:
-            ConnectionError: the runner reads no more. It may have answered why.
+            NoMoreError: the runner does not take it.
         """
         record = signed_chunk(self._secret, self._previous, data)
         self._previous = record[4:36]
         self._line.writer.writelines(self._http.send_with_data_passthrough(h11.Data(data=record)) or [])
         if not data:
             self._line.writer.write(self._http.send(h11.EndOfMessage()) or b"")
-        await self._line.writer.drain()
+        try:
+            await self._line.writer.drain()
+        except OSError as error:
+            raise NoMoreError from error
 
     async def head(self) -> h11.Response:
         """The answer's status and headers.
@@ -262,6 +302,7 @@ class Exchange:
                     raise _cut("the runner closed the connection before its answer")
         except h11.RemoteProtocolError as error:
             raise _cut(f"what the runner sent is not HTTP: {error}") from error
+        self._begun = True
         self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
         return event
 
@@ -284,10 +325,16 @@ class Exchange:
         return None if event is h11.NEED_DATA else b""
 
     async def fill(self) -> bool:
-        """Read more of the answer; whether there is more."""
+        """Read more of the answer; whether there is more.
+
+        Raises:
+            BrokenOffError: it broke in its midst.
+        """
         try:
             data = await self._line.reader.read(READ)
-        except OSError:
+        except OSError as error:
+            if self._begun:
+                raise BrokenOffError(str(error)) from error
             data = b""
         self._http.receive_data(data)
         return bool(data)
@@ -329,9 +376,9 @@ class Stream:
         assert self._connection is not None
         try:
             frame = await self._connection.recv()
-        except ConnectionClosedOK:
-            return None
         except ConnectionClosed as error:
+            if error.rcvd is not None and error.rcvd.code == CloseCode.NORMAL_CLOSURE:
+                return None
             raise BrokenOffError(str(error)) from error
         return frame if isinstance(frame, bytes) else b""
 
@@ -348,11 +395,11 @@ async def _ask(connection: ClientConnection, body: str) -> Stream:
     try:
         await connection.send(body)
         answer = msgspec.json.decode(await connection.recv(), type=_Answer)
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.items()]
     except ConnectionClosed as error:
         raise _cut(f"the runner closed the stream before its answer: {error}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise _cut(f"what the runner sent is no answer: {error}") from error
-    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.items()]
     return Stream(answer.status, headers, answer.body, connection)
 
 
