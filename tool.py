@@ -7,6 +7,7 @@ a tool's leaving shows, and how a connection ends so that its last answer can be
 import asyncio
 import contextlib
 import fcntl
+import http
 import select
 import socket
 import struct
@@ -171,9 +172,14 @@ class Tool:
 
     def begin_answer(self, status: int, headers: Headers, reason: bytes = b"") -> None:
         """The answer's head; it leaves with `flush`."""
+        with contextlib.suppress(ValueError):
+            reason = reason or http.HTTPStatus(status).phrase.encode()
         if self._http.their_state in _UNREAD:
             headers = [*headers, (b"Connection", b"close")]  # What remains of the body is not read.
         self._put(h11.Response(status_code=status, headers=headers, reason=reason))
+        if self._request is not None and self._request.method == b"HEAD":
+            # h11 says how it would frame the body, but the engine has nothing of that kind.
+            self._out[-1] = self._out[-1].replace(b"Transfer-Encoding: chunked\r\n", b"")
 
     def add(self, piece: bytes) -> None:
         """A piece of the answer's body."""

@@ -226,6 +226,7 @@ class _Line:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self._spare: socket.socket | None = None
 
     @property
     def stands(self) -> bool:
@@ -244,9 +245,27 @@ class _Line:
         poll.register(self.writer.get_extra_info("socket").fileno(), select.POLLIN)
         return not poll.poll(0)
 
+    def brace(self) -> None:
+        """A body is about to be sent, and may be refused in its midst: see `rest`."""
+        if self.writer.get_extra_info("sslcontext") is None:
+            self._spare = socket.socket(fileno=os.dup(self.writer.get_extra_info("socket").fileno()))
+
+    def rest(self) -> bytes:
+        """What the kernel still holds after the connection has failed.
+
+        An answer that says why a body is refused comes just before the reset that the rest of the body earns. The event
+        loop may meet the reset first, as it writes, and closes its socket then with the answer in it.
+        """
+        try:
+            return self._spare.recv(READ) if self._spare is not None else b""
+        except OSError:
+            return b""
+
     def close(self) -> None:
         """Drop it, with whatever is on its way."""
         self.writer.transport.abort()
+        if self._spare is not None:
+            self._spare.close()
 
 
 class Exchange:
@@ -272,6 +291,8 @@ class Exchange:
             parts.append(self._http.send(h11.Data(data=body)) or b"")
         if body is not None:
             parts.append(self._http.send(h11.EndOfMessage()) or b"")
+        else:
+            self._line.brace()
         self._line.writer.write(b"".join(parts))
 
     async def send(self, data: bytes) -> None:
@@ -333,9 +354,9 @@ class Exchange:
         try:
             data = await self._line.reader.read(READ)
         except OSError as error:
-            if self._begun:
+            data = self._line.rest()
+            if self._begun and not data:
                 raise BrokenOffError(str(error)) from error
-            data = b""
         self._http.receive_data(data)
         return bool(data)
 
