@@ -165,6 +165,8 @@ class Scope:
             case "NetworkCreate" | "VolumeCreate":
                 found = _object(body)
                 self._own(found)
+                if operation.id == "VolumeCreate":
+                    await self._check_free(found.get(_key(found, "Name")) or "")
                 rewritten.body = _encoded(found)
             case "NetworkConnect" | "NetworkDisconnect":
                 found = _object(body)
@@ -265,7 +267,7 @@ class Scope:
         self._own(found)
         host = found.setdefault(_key(found, "HostConfig"), {}) or {}
         found[_key(found, "HostConfig")] = host
-        for kind in ("NetworkMode", "PidMode", "IpcMode"):
+        for kind in ("NetworkMode", "PidMode", "IpcMode", "Cgroup"):
             await self._replace(host, kind, self._mode if kind == "NetworkMode" else self._namespace)
         for kind in ("VolumesFrom", "Links"):
             key = _key(host, kind)
@@ -281,6 +283,13 @@ class Scope:
     async def _leading(self, reference: str) -> str:
         name, colon, rest = reference.partition(":")
         return f"{await self._own_container(name)}{colon}{rest}"
+
+    async def _check_free(self, name: str) -> None:
+        """A create gives the volume of this name, if there is one: not another's."""
+        if _NAME.fullmatch(name):
+            found = await self._get(f"/volumes/{quote(name, safe='')}", _Volume)
+            if found is not None and not self._owns(found.labels):
+                raise RunnerError("conflict", f"the volume name {name} is in use", status=409)
 
     async def _own_volumes(self, host: dict[str, Any]) -> None:
         """Named volumes of a create: the caller's, or made here; those without a name get the label."""

@@ -219,6 +219,18 @@ class TestNames:
         assert blue.ask("DELETE", f"/networks/{network}").status == 204
         assert blue.ask("DELETE", f"/volumes/{volume}").status == 204
 
+    def test_a_volume_of_others_is_not_given_by_a_create(
+        self, blue: Tenant, green: Tenant, direct: EngineDirect, names: Names
+    ) -> None:
+        volume = names("vol")
+        blue.do("POST", "/volumes/create", {"Name": volume, "Labels": names.labels})
+        assert error(green.ask("POST", "/volumes/create", {"Name": volume})) == (
+            409,
+            f"the volume name {volume} is in use",
+        )
+        again = blue.do("POST", "/volumes/create", {"Name": volume})
+        assert again == direct.request("GET", f"/volumes/{volume}").json()
+
     def test_the_engines_own_networks_are_nobodys(self, blue: Tenant) -> None:
         assert blue.ask("GET", "/networks/none").status == 404
 
@@ -251,6 +263,7 @@ class TestWhatIsMade:
             ("NetworkMode", "container:{}"),
             ("PidMode", "container:{}"),
             ("IpcMode", "container:{}"),
+            ("Cgroup", "container:{}"),
             ("VolumesFrom", ["{}:ro"]),
             ("Links", ["{}:alias"]),
         ],
