@@ -137,11 +137,13 @@ class Response(contextlib.AbstractContextManager["Response"]):
         return RunnerClientError({**told, "after": after if after.isdecimal() else 0}, self.status)
     def messages(self) -> Iterator[dict[str, Any]]:
         """The messages of server-sent events, up to the one that ends or breaks them."""
+        if self.status != 200:
+            raise self.error()
         with _translated():
             while line := self.http.readline(MAX_MESSAGE):
                 message = json.loads(line[5:]) if line.startswith(b"data:") else {}
                 if message.get("type") == "error":
-                    raise RunnerClientError(message)
+                    raise RunnerClientError(message, self.status)
                 if message.get("type") == "end":
                     return
                 yield message
@@ -268,8 +270,7 @@ class RunnerClient:
     ) -> Response:
         """Any request of either face (`target`: path and query), signed; the answer's body is still to come.
         A `body` that is not bytes goes as signed chunks, in constant memory. The engine's answer is returned, whatever
-        its status; a refusal of the runner's is raised, but for the statuses of `accept`. `timeout_s` 0: `read_s`.
-        """
+        its status; a refusal of the runner's is raised, but for the statuses of `accept`. `timeout_s` 0: `read_s`."""
         tried, limit_s = 0, self.read_s if timeout_s == 0 else timeout_s
         while True:
             try:
@@ -475,10 +476,9 @@ class RunnerClient:
             began, skip = time.monotonic(), places[0][1] if places else 0
             if opened and places:
                 first, since = {}, places[0][0]
-            seconds = None if since is None else f"{since // 10**9}.{since % 10**9:09}"
+            seconds, retries = since if since is None else f"{since // 10**9}.{since % 10**9:09}", 0 if opened else None
             target = _target(path, {**given, **first, "since": seconds})
             try:
-                retries = 0 if opened else self.retries
                 with self.stream("GET", target, timeout_s=self.stream_s, retries=retries) as answer:
                     if not opened:
                         opened = True
