@@ -175,6 +175,16 @@ def test_events_of_one_nanosecond_are_told_apart_after_a_break() -> None:
     assert all("since=0.000000005" in request for request in server.requests)
 
 
+def test_events_asked_for_without_a_time_resume_even_if_none_had_come() -> None:
+    ping = HEAD.replace(b"Retry-After: 0", b"Date: Thu, 01 Jan 1970 00:00:09 GMT") % (200, 2, b"OK")
+    first, second = event(9_000_000_007, "a"), event(9_000_000_008, "b")
+    with Scripted(ping, FEED, FEED + first, FEED + first + second) as server:
+        events = RunnerClient(server.url, SECRET).events()
+        assert [next(events)["Action"] for _ in range(2)] == ["a", "b"]
+    asked = [re.findall(r"since=([0-9.]+)", request) for request in server.requests]
+    assert asked == [[], [], ["9.000000000"], ["9.000000007"]]
+
+
 def test_an_error_told_within_a_feed_is_raised() -> None:
     told = piece(b'data: {"type":"strange"}\n\ndata: {"type":"error","message":"broken","code":"events_failed"}\n\n')
     with Scripted(FEED + event(5, "a") + told) as server:
