@@ -255,24 +255,24 @@ def test_close_wakes_a_reader(client: RunnerClient, box: str) -> None:
 
 
 def test_a_log_comes_in_records(client: RunnerClient, start: Callable[..., str]) -> None:
-    box = start(cmd=["sh", "-c", "printf 'a%.0s' $(seq 1 20000); echo; echo err >&2; printf end"])
+    box = start(cmd=["sh", "-c", "printf 'a%.0s' $(seq 1 20000); echo; echo err >&2; echo end"])
     records = list(client.logs(box))
     assert [(len(r.data), r.data[-1:]) for r in records if r.stream == "stdout"] == [
         (16384, b"a"),
         (3617, b"\n"),
-        (3, b"d"),
+        (4, b"\n"),
     ]
     assert [r.data for r in records if r.stream == "stderr"] == [b"err\n"]
     assert all(r.timestamp.endswith("Z") for r in records)
 
 
 def test_a_terminals_log_comes_in_records(client: RunnerClient, start: Callable[..., str]) -> None:
-    box = start(tty=True, cmd=["sh", "-c", "printf 'a%.0s' $(seq 1 20000); echo; echo err >&2; printf end"])
+    box = start(tty=True, cmd=["sh", "-c", "printf 'a%.0s' $(seq 1 20000); echo; echo err >&2; echo end"])
     assert [(r.stream, len(r.data)) for r in client.logs(box)] == [
         ("stdout", 16384),
         ("stdout", 3618),
         ("stdout", 5),
-        ("stdout", 3),
+        ("stdout", 5),
     ]
 
 

@@ -116,7 +116,8 @@ def archived(data: bytes) -> bytes:
 def vector_time(vector: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python examples sign with the vector's timestamp and nonce."""
     monkeypatch.setattr(client, "time", SimpleNamespace(time_ns=lambda: int(vector["timestamp"]) * 1_000_000))
-    monkeypatch.setattr(client, "uuid", SimpleNamespace(uuid4=lambda: vector["nonce"]))
+    nonce = SimpleNamespace(hex=lambda: vector["nonce"])
+    monkeypatch.setattr(client, "os", SimpleNamespace(urandom=lambda size: nonce))
 
 
 def check(headers: Mapping[str, str], vector: dict[str, Any]) -> None:
