@@ -324,7 +324,8 @@ def _check_head(head: bytes, request: h11.Request) -> None:
     if not request.target.startswith(b"/") or b"#" in request.target:
         raise _malformed("the target must be a path, without a fragment")
     lines = head.lower().split(b"\r\n")
-    if sum(line.startswith((b"content-length:", b"transfer-encoding:")) for line in lines) > 1:
+    lengths = [line for line in lines if line.startswith((b"content-length:", b"transfer-encoding:"))]
+    if len(lengths) > 1 or any(b"," in line for line in lengths):
         raise _malformed("its length is stated more than once")
 
 
