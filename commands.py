@@ -131,6 +131,8 @@ def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ:
 
     keyring = read_keyring(environ)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if any(tls_files.values()) and not url.startswith("https:"):
+        raise UsageError("--ca, --cert, --key: are for https")
     try:
         uplink = Uplink(url, lambda: keyring.secrets[0], _tls(tls_files))
     except ValueError as error:
@@ -168,7 +170,7 @@ def _tls(files: Mapping[str, str | None]) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=files["ca"])
         if files["cert"]:
-            context.load_cert_chain(files["cert"], files["key"])
+            context.load_cert_chain(files["cert"], files["key"], password="")
         elif files["key"]:
             raise UsageError("--key goes with --cert")
     except OSError as error:  # ssl.SSLError is one
