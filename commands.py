@@ -170,7 +170,7 @@ def _tls(files: Mapping[str, str | None]) -> ssl.SSLContext | None:
     try:
         context = ssl.create_default_context(cafile=files["ca"])
         if files["cert"]:
-            context.load_cert_chain(files["cert"], files["key"], password="")
+            context.load_cert_chain(files["cert"], files["key"], lambda: "")  # Or OpenSSL asks for a password.
         elif files["key"]:
             raise UsageError("--key goes with --cert")
     except OSError as error:  # ssl.SSLError is one

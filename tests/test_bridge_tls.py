@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_bridge import JSON, MIB, START, UPGRADE, Upload, read_answer
+from test_bridge import JSON, MIB, START, UPGRADE, Upload
 from test_bridge_listening import refused
 
-from bridged import Bridge, Raw, ask, read_head, request
+from bridged import Bridge, Raw, ask, read_answer, read_head, request
 from comparison import Containers
 from conftest import EngineDirect, Names
 from dev.engine import Engine
@@ -72,12 +72,14 @@ class Proxy:
                 threading.Thread(target=self._serve, args=(plain,), daemon=True).start()
 
     def _serve(self, plain: socket.socket) -> None:
-        # A refused handshake; a bridge that leaves.
-        with contextlib.suppress(OSError), plain, self._context.wrap_socket(plain, server_side=True) as caller:
-            with self._runner.connect(60) as behind:
-                back = threading.Thread(target=self._copy, args=(behind, caller, lambda data: data), daemon=True)
-                back.start()
-                self._copy(caller, behind, self._without_prefix)
+        with (
+            contextlib.suppress(OSError),  # A refused handshake; a bridge that leaves.
+            plain,
+            self._context.wrap_socket(plain, server_side=True) as caller,
+            self._runner.connect(60) as behind,
+        ):
+            threading.Thread(target=self._copy, args=(behind, caller, lambda data: data), daemon=True).start()
+            self._copy(caller, behind, self._without_prefix)
 
     def _without_prefix(self, data: bytes) -> bytes:
         method, _, rest = data.partition(b" ")
