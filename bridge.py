@@ -3,7 +3,8 @@
 Tools that cannot sign (the docker CLI, compose, the SDKs) are pointed at it; each of their requests goes on, signed, to
 the runner (`uplink.py`), and the answer comes back framed as it was. What takes the connection over (attach, exec, and
 what asks for h2c) becomes a WebSocket to the runner and raw bytes to the tool: a true `101`, or for the older form
-without `Upgrade` a `200` that ends with the connection.
+without `Upgrade` a `200` that ends with the connection. A WebSocket of the tool's own (the runner face has one) is
+passed on as it is.
 
 Theory of operation. Each connection is one task, held by the bridge: the event loop itself holds a half-closed
 connection only weakly. A request is two directions that run side by side: one gives the tool the answer, the other
@@ -30,7 +31,7 @@ import h11
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from tool import LeftError, Tool
-from uplink import READ, BrokenOffError, Exchange, NoMoreError, Stream, Uplink
+from uplink import READ, BrokenOffError, Exchange, NoMoreError, Pipe, Stream, Uplink
 
 log = logging.getLogger("docker_runner.bridge")
 
@@ -119,21 +120,23 @@ class Bridge:
             if taken and (asked or not taken["h2c"]):
                 await _side_by_side(self._carry(tool, request, asked, bool(taken["attach"])), tool.hung_up())
             else:
-                await self._relay(tool, request)
+                await self._relay(tool, request, request.method == b"GET" and asked == b"websocket")
         except RunnerError as error:
             log.warning("%s %s: %s", request.method.decode("ascii"), target.partition("?")[0], error)
             await tool.refuse(error)
         return tool.reusable
 
-    async def _relay(self, tool: Tool, request: h11.Request) -> None:
-        """Serve a request that has an answer and no more."""
+    async def _relay(self, tool: Tool, request: h11.Request, websocket: bool) -> None:
+        """Serve a request that has an answer and no more, unless it is a WebSocket's."""
         body = await tool.whole_body(WHOLE)
-        leaving = tool.hung_up() if body is None else tool.gone()
-        await _side_by_side(self._ask(tool, request, body), leaving)
+        leaving = tool.hung_up() if body is None or websocket else tool.gone()
+        await _side_by_side(self._ask(tool, request, body, websocket), leaving)
 
-    async def _ask(self, tool: Tool, request: h11.Request, body: bytes | None) -> None:
+    async def _ask(self, tool: Tool, request: h11.Request, body: bytes | None, websocket: bool) -> None:
         method, target = request.method.decode("ascii"), request.target.decode("ascii")
         headers = end_to_end(request.headers.raw_items(), NOT_FORWARDED)
+        if websocket:
+            headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
         async with self._uplink.request(method, target, headers, body) as exchange:
             if body is None:
                 await _side_by_side(_answer(tool, exchange), _forward(tool, exchange))
@@ -216,6 +219,11 @@ async def _side_by_side(answer: Coroutine[Any, Any, None], *others: Coroutine[An
 async def _answer(tool: Tool, exchange: Exchange) -> None:
     """Give the runner's answer as it comes, each piece at once; the head leaves with the first."""
     response = await exchange.head()
+    if isinstance(response, h11.InformationalResponse):
+        await tool.switch(response)
+        pipe = exchange.pipe()
+        await _side_by_side(_give_raw(tool, pipe), _take_raw(tool, pipe))
+        return
     tool.begin_answer(response.status_code, end_to_end(response.headers.raw_items(), HOP_BY_HOP), response.reason)
     while True:
         piece = exchange.take()
@@ -241,12 +249,12 @@ async def _forward(tool: Tool, exchange: Exchange) -> None:
     await tool.gone()
 
 
-async def _give_raw(tool: Tool, stream: Stream) -> None:
+async def _give_raw(tool: Tool, stream: Stream | Pipe) -> None:
     while (data := await stream.receive()) is not None:
         await tool.give_raw(data)
 
 
-async def _take_raw(tool: Tool, stream: Stream) -> None:
+async def _take_raw(tool: Tool, stream: Stream | Pipe) -> None:
     while data := await tool.take_raw():
         await stream.send(data)
     await stream.send(b"")

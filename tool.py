@@ -220,6 +220,13 @@ class Tool:
 
     # The raw stream.
 
+    async def switch(self, response: h11.InformationalResponse) -> None:
+        """The runner's own 101: what follows is raw."""
+        lines = [b"%b: %b\r\n" % field for field in response.headers.raw_items()]
+        self._out += [b"HTTP/1.1 101 Switching Protocols\r\n", *lines, b"\r\n"]
+        self._raw = True
+        await self.flush()
+
     async def take_over(self, asked: bytes | None, headers: Headers) -> None:
         """The head of a raw stream, on its own: some tools lose what comes in the same read."""
         if asked is None:

@@ -101,21 +101,13 @@ class Uplink:
         """
         line = self._kept()
         if line is not None and method in ("GET", "HEAD") and body == b"":
-            exchange = self._begin(line, method, target, headers, body)
-            try:
-                answered = await exchange.fill()
-                if answered:
+            with contextlib.closing(self._begin(line, method, target, headers, body)) as exchange:
+                if await exchange.fill():
                     yield exchange
-            finally:
-                exchange.close()
-            if answered:
-                return
+                    return
             line = None
-        exchange = self._begin(line or await self._connect(), method, target, headers, body)
-        try:
+        with contextlib.closing(self._begin(line or await self._connect(), method, target, headers, body)) as exchange:
             yield exchange
-        finally:
-            exchange.close()
 
     @contextlib.asynccontextmanager
     async def stream(self, target: str, headers: Headers, body: bytes) -> AsyncIterator["Stream"]:
@@ -311,18 +303,20 @@ class Exchange:
         except OSError as error:
             raise NoMoreError from error
 
-    async def head(self) -> h11.Response:
-        """The answer's status and headers.
+    async def head(self) -> h11.Response | h11.InformationalResponse:
+        """The answer's status and headers. After a 101 see `pipe`.
 
         Raises:
             RunnerError: `runner_cut`: there is none; the operation may have happened.
         """
         try:
             while not isinstance(event := self._http.next_event(), h11.Response):
+                if isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+                    return event
                 if event is h11.NEED_DATA and not await self.fill():
                     raise _cut("the runner closed the connection before its answer")
         except h11.RemoteProtocolError as error:
-            raise _cut(f"what the runner sent is not HTTP: {error}") from error
+            raise _cut(f"what the runner sent is not HTTP: {_without_quotes(error)}") from error
         self._begun = True
         self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
         return event
@@ -342,8 +336,12 @@ class Exchange:
                     self._held, self._held_size = [], 0
                     return piece
         except h11.RemoteProtocolError as error:
-            raise BrokenOffError(str(error)) from error
+            raise BrokenOffError(_without_quotes(error)) from error
         return None if event is h11.NEED_DATA else b""
+
+    def pipe(self) -> "Pipe":
+        """What the connection has become after a 101."""
+        return Pipe(self._line, self._http.trailing_data[0])
 
     async def fill(self) -> bool:
         """Read more of the answer; whether there is more.
@@ -404,6 +402,30 @@ class Stream:
         return frame if isinstance(frame, bytes) else b""
 
 
+class Pipe:
+    """A connection that speaks another protocol now: raw bytes both ways, in the manner of a `Stream`."""
+
+    def __init__(self, line: _Line, first: bytes) -> None:
+        self._line = line
+        self._first = first
+
+    async def send(self, data: bytes) -> None:
+        """Send raw bytes. Whoever ends a half here has left: such protocols say in their own words that they end.
+
+        Raises:
+            ConnectionError: there are none.
+        """
+        if not data:
+            raise ConnectionAbortedError
+        self._line.writer.write(data)
+        await self._line.writer.drain()
+
+    async def receive(self) -> bytes | None:
+        """The next raw bytes; None at the end."""
+        data, self._first = self._first or await self._line.reader.read(READ), b""
+        return data or None
+
+
 class _Answer(msgspec.Struct):
     """The frame that answers a request for an upgraded stream."""
 
@@ -422,6 +444,11 @@ async def _ask(connection: ClientConnection, body: str) -> Stream:
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise _cut(f"what the runner sent is no answer: {error}") from error
     return Stream(answer.status, headers, answer.body, connection)
+
+
+def _without_quotes(error: h11.RemoteProtocolError) -> str:
+    """What h11 complains of, without the bytes that it quotes: they are somebody's data."""
+    return str(error).partition(":")[0]
 
 
 def _cut(reason: str) -> RunnerError:

@@ -3,6 +3,7 @@
 What goes wrong is in test_bridge_faults.py, TLS in test_bridge_tls.py, the real tools in files of their own.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import io
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import pytest
 from test_engine_face_streams import unframed
+from websockets.asyncio.client import unix_connect
 
 from bridged import Bridge, Raw, ask, dial, read_answer, read_chunks, read_head, read_until, request
 from comparison import Containers
 from conftest import EngineDirect, Names
+from dev import wait_until
 from dev.engine import Engine
 from service import Runner, read_to_end
+from sessions import Session, session_target, stdin
 
 MIB = 1024 * 1024
 MANY = 200 * MIB
@@ -327,6 +331,12 @@ class TestTakenOver:
             assert ask(sock, asked).status == 404
             assert ask(sock, request("GET", "/_ping")).body == b"OK"
 
+    def test_what_the_runner_has_no_stream_for_is_refused_in_its_words(self, bridge: Bridge) -> None:
+        for target in ("/session", "/v1.41/grpc"):
+            answer = bridge.ask(request("POST", target, "Connection: Upgrade", "Upgrade: h2c"))
+            assert answer.status == 404
+            assert json.loads(answer.body)["error"]["code"] == "not_found"
+
     @pytest.mark.parametrize("fields", [UPGRADE, ()], ids=["upgraded", "older form"])
     def test_a_detached_start_is_answered_as_the_engine_does(
         self, both: Both, containers: Containers, box: str, fields: tuple[str, ...]
@@ -379,6 +389,43 @@ class TestTakenOver:
         assert found.digest() == sent.digest()
         assert bridge.memory() - before[0] < FLAT
         assert runner.memory() - before[1] < FLAT
+
+
+class TestWebSocket:
+    """The runner face's own: a tool that speaks it need not sign."""
+
+    def test_an_interactive_exec_goes_through(self, bridge: Bridge, box: str) -> None:
+        async def test() -> None:
+            target = session_target(box, "read line; echo got $line; exit 7")
+            async with unix_connect(bridge.socket, f"ws://localhost{target}", ping_interval=None) as socket:
+                session = Session(socket)
+                await session.send(stdin(b"hello\n"))
+                await session.to_end()
+            assert bytes(session.out) == b"got hello\n"
+            assert session.code == 7
+            assert session.close_code == 1000
+
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+    @pytest.mark.parametrize("abruptly", [False, True])
+    def test_a_tool_that_leaves_ends_it(self, bridge: Bridge, box: str, abruptly: bool) -> None:
+        async def test() -> int:
+            target = session_target(box, ["sleep", "1000"])
+            async with unix_connect(bridge.socket, f"ws://localhost{target}", ping_interval=None) as socket:
+                assert await Session(socket).receive() == "ready"
+                during = bridge.sockets()
+                if abruptly:
+                    socket.transport.abort()
+            return during
+
+        during = asyncio.run(asyncio.wait_for(test(), 20))
+        assert wait_until(lambda: bridge.sockets() <= during - 2, 1)
+
+    def test_a_refusal_is_the_runners(self, bridge: Bridge) -> None:
+        fields = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+        with bridge.connect() as sock:
+            assert ask(sock, request("GET", "/v1/nonsense", *fields, key)).status == 404
 
 
 class Upload:
