@@ -17,7 +17,7 @@ import h11
 
 from errors import RunnerError
 from headers import HOP_BY_HOP, Headers, end_to_end
-from uplink import READ
+from uplink import READ, reset
 
 MAX_HEAD = 2 * 65_536
 """Security limit: bytes of a request's head (`X-Registry-Config` may be long)."""
@@ -307,10 +307,7 @@ class Tool:
 
     def reset(self) -> None:
         """Drop the connection so that what was given cannot be taken for all, as far as the kind of socket can tell."""
-        if not self._local:
-            sock = self._writer.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.abort()
+        reset(self._writer.transport)
 
     def abort(self) -> None:
         """Drop the connection at once."""

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
 
@@ -153,7 +154,7 @@ class Uplink:
         try:
             yield await _ask(connection, text)
         finally:
-            connection.transport.abort()  # After a proper close this does nothing.
+            reset(connection.transport)  # After a proper close this does nothing.
 
     def close(self) -> None:
         """Drop the kept connections."""
@@ -212,6 +213,14 @@ def _keep_alive(transport: asyncio.BaseTransport) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def reset(transport: asyncio.WriteTransport) -> None:
+    """Drop a connection with a reset. A plain end would wait behind all that the other side has not read yet."""
+    if not transport.is_closing():
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
 class _Line:
     """One connection to the runner."""
 
@@ -255,7 +264,7 @@ class _Line:
 
     def close(self) -> None:
         """Drop it, with whatever is on its way."""
-        self.writer.transport.abort()
+        reset(self.writer.transport)
         if self._spare is not None:
             self._spare.close()
 

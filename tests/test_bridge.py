@@ -144,6 +144,13 @@ class TestPlain:
             asked = request("POST", target, JSON, "Transfer-Encoding: chunked") + b"".join(cut) + b"0\r\n\r\n"
         assert both.same(asked).status == 200
 
+    def test_a_request_may_come_byte_by_byte(self, bridge: Bridge, box: str) -> None:
+        chunk = b"28\r\n" + b'{"Memory":33554432,"MemorySwap":33554432}'[:40] + b"\r\n1\r\n}\r\n0\r\n\r\n"
+        asked = request("POST", f"/containers/{box}/update", JSON, "Transfer-Encoding: chunked") + chunk
+        with bridge.connect() as sock:
+            for _ in range(2):
+                assert ask(sock, *[bytes((byte,)) for byte in asked]).status == 200
+
     def test_each_piece_of_a_stream_arrives_at_once(self, both: Both, containers: Containers) -> None:
         for host in both.hosts:
             name = containers("sh", "-c", "while read line; do echo got $line; done", OpenStdin=True)

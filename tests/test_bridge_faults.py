@@ -188,6 +188,37 @@ class TestLeaving:
         stat = base64.b64decode(found.headers.get("X-Docker-Container-Path-Stat", ""))
         assert b'"size":8388608' not in stat
 
+    def test_a_tool_that_leaves_while_its_input_is_not_read_is_noticed(
+        self, pair: tuple[Runner, Bridge], containers: Containers, box: str
+    ) -> None:
+        runner, bridge = pair
+        with bridge.connect() as sock:
+            sock.sendall(exec_request(containers, box, "sleep", "1000", AttachStdin=True))
+            read_head(sock)
+            during = (runner.sockets(), bridge.sockets())
+            sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                sock.sendall(bytes(64 * MIB))
+        assert wait_until(lambda: runner.sockets() <= during[0] - 2 and bridge.sockets() <= during[1] - 2, 1)
+
+    def test_a_tool_that_leaves_while_its_upload_is_not_read_is_noticed(
+        self, scripted: ScriptedRunner, fronting: Bridge
+    ) -> None:
+        def reads_nothing(peer: Peer) -> None:
+            peer.read_head()
+            scripted.go.set()
+            peer.wait_hangup()
+            scripted.closed.set()
+
+        scripted.restart(reads_nothing)
+        with fronting.connect() as sock:
+            sock.sendall(request("PUT", "/containers/x/archive?path=/", f"Content-Length: {64 * MIB}"))
+            assert scripted.go.wait(5)
+            sock.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                sock.sendall(bytes(64 * MIB))
+        assert scripted.closed.wait(1)
+
     def test_a_tool_that_does_not_read_costs_no_memory_and_disturbs_nobody(
         self, pair: tuple[Runner, Bridge], containers: Containers, box: str
     ) -> None:
