@@ -26,7 +26,7 @@ IMAGE = "docker-runner/busybox:latest"
 VENV_PACKAGES = ["python3-venv", "ca-certificates"]
 ENGINE_PACKAGES = ["docker.io", "iptables", "iproute2"]
 TRY_OUT_PACKAGES = ["curl", "busybox-static"]
-TEST_PACKAGES = [*VENV_PACKAGES, *TRY_OUT_PACKAGES, "openssl", "nodejs", "docker-registry"]
+TEST_PACKAGES = [*VENV_PACKAGES, *TRY_OUT_PACKAGES, "openssl", "docker-registry", "docker-compose", "nodejs", "npm"]
 SYSTEM_ENGINE_TIMEOUT_S = 30
 
 
@@ -76,6 +76,29 @@ class Venv:
         except (OSError, ValueError):
             return "", "", ""
         return made, installed, extra
+
+
+class NodeModules:
+    """`node_modules` of a folder with a package-lock.json: exactly what that names, nothing's own scripts run.
+
+    A copy of the lock file inside says what it was made from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stamp = folder / "node_modules" / "docker-runner.stamp"
+
+    def ensure(self) -> bool:
+        """Makes it ready; returns whether there was anything to do."""
+        wanted = (self._folder / "package-lock.json").read_text()
+        if self._stamp.exists() and self._stamp.read_text() == wanted:
+            return False
+        say("npm", f"installing {self._folder / 'node_modules'}")
+        options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund", "--loglevel=error"]
+        if subprocess.run(["npm", "ci", *options], cwd=self._folder, check=False).returncode:
+            raise SetupError(f"{self._folder / 'node_modules'} could not be made; see above")
+        self._stamp.write_text(wanted)
+        return True
 
 
 def ensure_secret(path: Path) -> bool:
@@ -230,6 +253,7 @@ def prepare_tests() -> None:
     if "docker.io" in packages.install([*TEST_PACKAGES, *needed]):
         _engine_of_the_package()
     Venv(CHECKOUT).ensure(dev=True)
+    NodeModules(CHECKOUT / "tests" / "sdk").ensure()
 
 
 def prepare_lint() -> None:
