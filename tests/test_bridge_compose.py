@@ -19,7 +19,7 @@ from dev import find_program
 from dev.engine import Engine
 from works import Side, Sides, row, shows
 
-UP = row("compose: up", "`config`, `up -d` (with a build, a volume, a network), `ps`")
+UP = row("compose: up", "`up -d` (with a build, a volume, a network), `ps`")
 LOGS = row("compose: logs", "`logs`, `logs --follow`")
 EXEC = row("compose: exec", "`exec -T` with stdin to its end, `exec` on a terminal with its size; `run`; exit statuses")
 DOWN = row("compose: down", "`stop`, `start`, `rm`, `down`, with volumes and images")

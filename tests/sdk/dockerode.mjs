@@ -385,8 +385,10 @@ const scenarios = {
     const networks = await docker.listNetworks({ filters: { label: [label] } });
     await network.remove();
     await docker.createNetwork({ Name: `${asked.name}4`, Internal: true, Labels });
-    const pruned = await docker.pruneNetworks({ filters: { label: [label] } });
-    return [volumes.Volumes.length, inspected.Driver, networks.length, pruned];
+    const left = docker.getNetwork(`${asked.name}4`);
+    const kept = (await left.inspect()).Labels[label];
+    await left.remove();
+    return [volumes.Volumes.length, inspected.Driver, networks.length, kept];
   },
 
   async system() {
