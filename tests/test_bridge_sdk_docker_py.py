@@ -309,7 +309,9 @@ class TestAttach:
             )
             output = container.attach(stream=True, logs=True, demux=True)
             container.start()
-            return [list(output), sorted(container.attach(logs=True, stream=False).splitlines())]
+            streamed = list(output)
+            container.wait()
+            return [streamed, sorted(container.attach(logs=True, stream=False).splitlines())]
 
         assert sides.same(scenario) == [[(b"out\n", None), (None, b"err\n")], [b"err", b"out"]]
 

@@ -66,8 +66,8 @@ def test_waits_for_a_command(results: dict[str, Any]) -> None:
 
 
 @shows(PORTS)
-def test_reaches_a_server_by_its_mapped_port_and_by_its_alias(results: dict[str, Any]) -> None:
-    assert results["ports"] == ["served\n", "served\n"]
+def test_reaches_a_server_by_its_mapped_port_and_finds_it_by_its_alias(results: dict[str, Any]) -> None:
+    assert results["ports"] == ["served\n", True]
 
 
 @shows(FILES)
