@@ -137,15 +137,17 @@ class TestContainers:
             container = await running(docker, side)
             top = await container.top(ps_args="-o pid,comm")
             seen = []
-            for step in (
-                container.pause,
-                container.unpause,
-                lambda: container.restart(t=0),
-                lambda: container.stop(t=0),
-                lambda: container.rename(side.name()),
+            for step, state in (
+                (container.pause, "paused"),
+                (container.unpause, "running"),
+                (lambda: container.restart(t=0), "running"),
+                (lambda: container.stop(t=0), "exited"),
+                (lambda: container.rename(side.name()), "exited"),
             ):
                 await step()
-                seen.append((await container.show())["State"]["Status"])
+                while (await container.show())["State"]["Status"] != state:
+                    pass  # the engine says so a little later than it does it
+                seen.append(state)
             name = side.name()
             await container.commit(repository=name, tag="v1", message="said")
             committed = await docker.images.inspect(f"{name}:v1")
