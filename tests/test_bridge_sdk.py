@@ -6,6 +6,7 @@ import test_bridge_sdk_docker_py
 import test_bridge_sdk_dockerode
 import test_bridge_sdk_testcontainers
 
+from service import ROOT
 from works import ROWS, SHOWN, TOOLS, table
 
 MODULES = (  # their rows are there once they are imported
@@ -17,9 +18,9 @@ MODULES = (  # their rows are there once they are imported
 )
 
 
-def sdk_table() -> str:
-    """The table, in Markdown."""
-    return table()
+def test_the_readmes_table_is_that_of_the_tests() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert f"<!-- sdks: checked by tests/test_bridge_sdk.py -->\n{table()}\n<!-- /sdks -->" in readme
 
 
 def test_every_row_is_shown_by_a_test() -> None:
