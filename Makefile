@@ -25,5 +25,5 @@ engine-stop: ## stop the engine that `make run` started; its images stay
 
 clean: ## stop that engine and remove all that was made here but .env
 	@$(PYTHON) -m dev.private_engine remove
-	rm -rf .dev .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .dev .venv tests/sdk/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
