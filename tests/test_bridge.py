@@ -338,12 +338,6 @@ class TestTakenOver:
             assert ask(sock, asked).status == 404
             assert ask(sock, request("GET", "/_ping")).body == b"OK"
 
-    def test_what_the_runner_has_no_stream_for_is_refused_in_its_words(self, bridge: Bridge) -> None:
-        for target in ("/session", "/v1.41/grpc"):
-            answer = bridge.ask(request("POST", target, "Connection: Upgrade", "Upgrade: h2c"))
-            assert answer.status == 404
-            assert json.loads(answer.body)["error"]["code"] == "not_found"
-
     @pytest.mark.parametrize("fields", [UPGRADE, ()], ids=["upgraded", "older form"])
     def test_a_detached_start_is_answered_as_the_engine_does(
         self, both: Both, containers: Containers, box: str, fields: tuple[str, ...]

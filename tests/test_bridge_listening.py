@@ -22,7 +22,7 @@ from dev.engine import Engine
 from service import ROOT, SECRET, Runner, read_to_end
 
 START_LIMIT_S = 3.0
-"""A start takes a quarter of a second where nothing else runs; machines of tests are busy."""
+"""A start takes a sixth of a second where nothing else runs; machines of tests are busy."""
 
 
 @pytest.fixture(scope="module")
