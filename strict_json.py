@@ -3,11 +3,17 @@
 The engine reads JSON as Go does: names of fields match whatever their case, by Unicode's folding (a long s, U+017F,
 is an s); where one stands twice, objects merge and the last value counts; what follows the first value is ignored.
 A check of the one reading would be no check of the other. So a body passes only where no two readings exist.
+
+A field that is null is absent to the engine, known or not.
+
+Reading happens in the event loop, so what it costs is bounded beforehand: in bytes, in values, in depth.
 """
 
+import functools
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,9 +24,12 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 MAX_INSPECTED = 1024 * 1024
 """Security limit: bytes of a body that is looked into."""
-
-# The characters outside of ASCII that Unicode's simple folding makes equal to one within: U+017F and U+212A.
-_FOLDS_TO_ASCII = str.maketrans({"\u017f": "s", "\u212a": "k"})
+MAX_VALUES = 16 * 1024
+"""Security limit: values in it. Counted by what stands before each, in strings too; more would stop the event loop."""
+MAX_DEPTH = 32
+"""Security limit: objects and arrays within one another. The deepest documented field is the sixth."""
+_SHOWN = 200
+"""Characters of a field's path that are kept: a name may be as long as the body, and every value has one."""
 
 
 class _Object(list[tuple[str, Any]]):
@@ -36,6 +45,8 @@ def read(body: bytes, form: type[S]) -> tuple[S, list[str]]:
     """
     if len(body) > MAX_INSPECTED:
         raise RunnerError("body_too_large", f"a body that policy must read is longer than {MAX_INSPECTED} bytes")
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        raise RunnerError("body_too_large", f"a body that policy must read holds more than {MAX_VALUES} values")
     try:
         found = _DECODER.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -46,19 +57,20 @@ def read(body: bytes, form: type[S]) -> tuple[S, list[str]]:
         raise RunnerError("invalid_json", "the body is not a JSON object")
     unknown: list[str] = []
     try:
-        return msgspec.convert(_struct(found, form, "", unknown), form), unknown
+        return msgspec.convert(_struct(found, form, "", unknown, 1), form), unknown
     except msgspec.ValidationError as error:
         raise RunnerError("validation_error", str(error)) from error
 
 
 def folded(name: str) -> str:
     """A name as the engine compares it with the names of fields."""
-    return _lower(name.translate(_FOLDS_TO_ASCII))
+    # Outside of ASCII, Unicode's simple folding makes these two equal to letters within it, and no others.
+    return name.replace("\u017f", "s").replace("\u212a", "k").lower()
 
 
 def field_names(form: type[msgspec.Struct]) -> frozenset[str]:
     """The names of a struct's fields as they stand in JSON, in lower case."""
-    return frozenset(_lower(field.encode_name) for field in msgspec.structs.fields(form))
+    return frozenset(folded(field.encode_name) for field in msgspec.structs.fields(form))
 
 
 def _refuse_constant(name: str) -> None:
@@ -68,50 +80,86 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_Object, parse_constant=_refuse_constant)
 
 
-def _lower(name: str) -> str:
-    return "".join(chr(ord(letter) + 32) if "A" <= letter <= "Z" else letter for letter in name)
+@functools.lru_cache
+def _fields(form: type[msgspec.Struct]) -> Mapping[str, tuple[str, Any]]:
+    """The fields of a struct by their names in lower case: the documented name, and the type without null."""
+    return {
+        folded(field.encode_name): (field.encode_name, _without_none(field.type))
+        for field in msgspec.structs.fields(form)
+    }
 
 
-def _struct(pairs: _Object, form: type[msgspec.Struct], path: str, unknown: list[str]) -> dict[str, Any]:
-    fields = {_lower(field.encode_name): field for field in msgspec.structs.fields(form)}
+def _struct(pairs: _Object, form: type[msgspec.Struct], path: str, unknown: list[str], depth: int) -> dict[str, Any]:
+    fields = _fields(form)
     found: dict[str, Any] = {}
     seen: set[str] = set()
     for name, value in pairs:
         fold = folded(name)
         if fold in seen:
-            raise _ambiguous(f"{path}{name} stands more than once")
+            raise _ambiguous(f"{path}{name[:_SHOWN]} stands more than once")
         seen.add(fold)
         field = fields.get(fold)
         if field is None:
-            unknown.append(f"{path}{name}")
-            _value(value, Any, f"{path}{name}.", [])
-        elif _lower(name) != fold:
-            raise _ambiguous(f"{path}{name} is {field.encode_name} to the engine")
-        else:
-            found[field.encode_name] = _value(value, field.type, f"{path}{field.encode_name}.", unknown)
+            place = _place(path, name)
+            _value(value, Any, place, [], depth)
+            if value is not None:
+                unknown.append(place)
+        elif not name.isascii():
+            raise _ambiguous(f"{path}{name} is {field[0]} to the engine")
+        elif value is not None:
+            found[field[0]] = _value(value, field[1], _place(path, field[0]), unknown, depth)
     return found
 
 
-def _value(value: Any, kind: Any, path: str, unknown: list[str]) -> Any:
-    kind = _without_none(kind)
-    if isinstance(value, _Object):
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            return _struct(value, kind, path, unknown)
-        is_map = typing.get_origin(kind) is dict
-        inner = typing.get_args(kind)[1] if is_map else Any
-        found: dict[str, Any] = {}
-        seen: set[str] = set()
-        for name, item in value:
-            key = name if is_map else folded(name)  # What is no map of ours may be a struct of the engine's.
-            if key in seen:
-                raise _ambiguous(f"{path}{name} stands more than once")
-            seen.add(key)
-            found[name] = _value(item, inner, f"{path}{name}.", unknown)
-        return found
-    if isinstance(value, list):
-        inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else Any
-        return [_value(item, inner, path, unknown) for item in value]
-    return value
+def _value(value: Any, kind: Any, path: str, unknown: list[str], depth: int) -> Any:
+    """A value as msgspec takes it, and looked through for what has two readings.
+
+    Args:
+        value: decoded.
+        kind: the type that it should have, without null.
+        path: of it.
+        unknown: takes the paths of what no struct knows.
+        depth: of what it stands in.
+    """
+    if isinstance(value, str):
+        if not value.isascii() and _holds_surrogates(value):
+            raise _ambiguous(f"{path} holds half a surrogate pair")
+        return value
+    if not isinstance(value, list):
+        return value
+    if depth >= MAX_DEPTH:
+        raise RunnerError("invalid_json", f"{path} stands deeper than {MAX_DEPTH} objects and arrays")
+    if not isinstance(value, _Object):
+        inner = _without_none(typing.get_args(kind)[0]) if typing.get_origin(kind) is list else Any
+        return [_value(item, inner, path, unknown, depth + 1) for item in value]
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return _struct(value, kind, path + ".", unknown, depth + 1)
+    is_map = typing.get_origin(kind) is dict
+    inner = _without_none(typing.get_args(kind)[1]) if is_map else Any
+    found: dict[str, Any] = {}
+    seen: set[str] = set()
+    for name, item in value:
+        key = name if is_map else folded(name)  # What is no map of ours may be a struct of the engine's.
+        if key in seen:
+            raise _ambiguous(f"{path}.{name[:_SHOWN]} stands more than once")
+        if not name.isascii() and _holds_surrogates(name):
+            raise _ambiguous(f"a name in {path} holds half a surrogate pair")
+        seen.add(key)
+        found[name] = _value(item, inner, _place(path + ".", name), unknown, depth + 1)
+    return found
+
+
+def _place(path: str, name: str) -> str:
+    return (path + name[:_SHOWN])[:_SHOWN]
+
+
+def _holds_surrogates(text: str) -> bool:
+    """The engine replaces them, so that two names may be one to it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _without_none(kind: Any) -> Any:
@@ -122,4 +170,5 @@ def _without_none(kind: Any) -> Any:
 
 
 def _ambiguous(reason: str) -> RunnerError:
+    reason = reason.encode("utf-8", "backslashreplace").decode()
     return RunnerError("ambiguous_body", f"the engine could read the body otherwise than the policy: {reason}")
