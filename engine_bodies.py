@@ -24,7 +24,7 @@ class BindOptions(_Body):
     propagation: str | None = None
     non_recursive: Any = None
     create_mountpoint: Any = None
-    read_only_non_recursive: Any = None
+    read_only_non_recursive: bool | None = None
     read_only_force_recursive: Any = None
 
 
@@ -42,6 +42,8 @@ class TmpfsOptions(_Body):
 
 
 class Mount(_Body):
+    """`image_options` and `cluster_options` go with types that have a rule."""
+
     type: str | None = None
     source: str | None = None
     target: Any = None
@@ -50,6 +52,8 @@ class Mount(_Body):
     bind_options: BindOptions | None = None
     volume_options: VolumeOptions | None = None
     tmpfs_options: TmpfsOptions | None = None
+    image_options: Any = None
+    cluster_options: Any = None
 
 
 class LogConfig(_Body):
@@ -68,6 +72,12 @@ class Device(_Body):
     cgroup_permissions: Any = None
 
 
+class BlockDevice(_Body):
+    path: str | None = None
+    rate: Any = None
+    weight: Any = None
+
+
 class Ulimit(_Body):
     name: str | None = None
     hard: Any = None
@@ -82,11 +92,11 @@ class Resources(_Body):
     nano_cpus: int | None = None
     cgroup_parent: str | None = None
     blkio_weight: Any = None
-    blkio_weight_device: Any = None
-    blkio_device_read_bps: Any = None
-    blkio_device_write_bps: Any = None
-    blkio_device_read_i_ops: Any = msgspec.field(default=None, name="BlkioDeviceReadIOps")
-    blkio_device_write_i_ops: Any = msgspec.field(default=None, name="BlkioDeviceWriteIOps")
+    blkio_weight_device: list[BlockDevice] | None = None
+    blkio_device_read_bps: list[BlockDevice] | None = None
+    blkio_device_write_bps: list[BlockDevice] | None = None
+    blkio_device_read_i_ops: list[BlockDevice] | None = msgspec.field(default=None, name="BlkioDeviceReadIOps")
+    blkio_device_write_i_ops: list[BlockDevice] | None = msgspec.field(default=None, name="BlkioDeviceWriteIOps")
     cpu_period: int | None = None
     cpu_quota: int | None = None
     cpu_realtime_period: Any = None
@@ -99,9 +109,9 @@ class Resources(_Body):
     kernel_memory: Any = None
     kernel_memory_tcp: Any = msgspec.field(default=None, name="KernelMemoryTCP")
     memory_reservation: Any = None
-    memory_swap: Any = None
+    memory_swap: int | None = None
     memory_swappiness: Any = None
-    oom_kill_disable: Any = None
+    oom_kill_disable: bool | None = None
     init: Any = None
     pids_limit: int | None = None
     ulimits: list[Ulimit] | None = None
@@ -232,12 +242,20 @@ class VolumeCreate(_Body):
     driver: str | None = None
     driver_opts: dict[str, str] | None = None
     labels: dict[str, str] | None = None
+    cluster_volume_spec: Any = None
+
+
+class IpamConfig(_Body):
+    subnet: str | None = None
+    ip_range: str | None = msgspec.field(default=None, name="IPRange")
+    gateway: str | None = None
+    auxiliary_addresses: dict[str, str] | None = None
 
 
 class Ipam(_Body):
     driver: str | None = None
     options: dict[str, str] | None = None
-    config: Any = None
+    config: list[IpamConfig] | None = None
 
 
 class NetworkCreate(_Body):

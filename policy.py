@@ -5,12 +5,14 @@ policy file (TOML) begins from a preset and says what differs; `[keys.NAME]` giv
 hold requests against it are in `rules.py`.
 """
 
+import ipaddress
+import json
+import math
 import posixpath
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -18,7 +20,10 @@ from errors import RunnerError
 from operations import OPERATIONS, Operation
 
 Patterns = tuple[str, ...]
-"""Names, in which `*` stands for anything."""
+"""Names, in which `*` stands for anything, and every other character for itself. In a policy file, `...` in a list
+stands for what the list holds without the file."""
+
+_STANDING = "..."
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +32,8 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class Bind(_Section, frozen=True):
     """A folder of the host that may be mounted. `below`: those below it too, and whoever can write in there can reach
-    the whole host through a symbolic link, which the engine follows."""
+    the whole host through a symbolic link, which the engine follows. `read_only` is of the folder itself: what is
+    mounted below it stays writable on engines before 25.0."""
 
     path: str
     below: bool = False
@@ -46,6 +52,7 @@ class Container(_Section, frozen=True):
     )
     """To be added; these are what a container has anyway."""
     devices: Patterns = ()
+    """Paths on the host, spelt plainly."""
     device_requests: bool = False
     device_cgroup_rules: bool = False
     security_opt: Patterns = ()
@@ -59,10 +66,23 @@ class Container(_Section, frozen=True):
     cgroup_parent: bool = False
     runtimes: Patterns = ("runc", "io.containerd.runc.v2")
     oom_score_adj: bool = False
+    """And `OomKillDisable`."""
     masked_paths: bool = False
     ports: Patterns = ()
     """Published ports of the host: `8080`, `8000-8999`; `0` is one that the engine chooses; `*` any."""
     log_drivers: Patterns = ("json-file", "local", "none")
+    log_options: Patterns = (
+        "max-size",
+        "max-file",
+        "compress",
+        "labels",
+        "labels-regex",
+        "env",
+        "env-regex",
+        "tag",
+        "mode",
+    )
+    """Without a driver they go to the engine's own default one, whichever that is."""
     ulimits: Patterns = ()
     start_body: bool = False
     max_memory: int = 0
@@ -89,13 +109,21 @@ class Container(_Section, frozen=True):
             for bind in self.binds
         )
 
-    def port_allowed(self, port: int) -> bool:
-        """Whether a port of the host may be published; 0 for one that the engine chooses."""
-        for pattern in self.ports:
-            first, dash, last = pattern.partition("-")
-            if pattern == "*" or (int(first) <= port <= int(last if dash else first)):
+    def ports_allowed(self, first: int, last: int) -> bool:
+        """Whether these ports of the host may be published; 0 is one that the engine chooses."""
+        if "*" in self.ports:
+            return True
+        for low, high in sorted(_port_range(pattern) for pattern in self.ports):
+            if low <= first <= high:
+                first = high + 1
+            if first > last:
                 return True
         return False
+
+
+def _port_range(pattern: str) -> tuple[int, int]:
+    first, _, last = pattern.partition("-")
+    return int(first), int(last or first)
 
 
 class Exec(_Section, frozen=True):
@@ -106,16 +134,19 @@ class Exec(_Section, frozen=True):
 
 
 class Images(_Section, frozen=True):
-    """`[images]`: which may be pulled, run, pushed, and given as a name. With patterns, what hides its names (loads,
-    builds) needs a word of its own."""
+    """`[images]`: which may be pulled, run, saved, pushed, and given as a name. With patterns, what hides its names
+    (loads, builds) needs a word of its own."""
 
     allow: Patterns = ("*",)
-    """`registry/repository:tag`, `...@digest`; without a tag any. As the docker CLI completes names."""
+    """`registry/repository:tag`, `...@digest`; without a tag any. As the docker CLI completes names: a first part that
+    holds a `*` is a registry. An image's whole id may be listed, too."""
     load: bool = False
     build: bool = False
+    """Also where a container's resources have a maximum: those of a build cannot be held to it."""
     fetch_urls: bool = False
+    """`ImageCreate` with `fromSrc=URL`, `ImageBuild` with `remote=`. What a Dockerfile fetches is not seen."""
     build_options: bool = False
-    """Of a build: `extrahosts`, `securityopt`, `cgroupparent`, `ulimits`."""
+    """Of a build: `extrahosts`, `securityopt`, `cgroupparent`, `ulimits`, `outputs`."""
 
     @property
     def everything(self) -> bool:
@@ -123,13 +154,18 @@ class Images(_Section, frozen=True):
         return "*" in self.allow
 
     def allows(self, reference: str) -> bool:
-        """Whether an image may be used by this name."""
-        name, version = _completed(reference)
+        """Whether an image may be used by this name. `name:*` stands for all its tags."""
+        if _ID.fullmatch(reference):  # Of an image, or its beginning: then it names any that there is.
+            return reference in self.allow and len(reference.removeprefix("sha256:")) == 64
+        name, version = completed(reference)
         for pattern in self.allow:
-            wanted, wanted_version = _completed(pattern)
-            if fnmatchcase(name, wanted) and (not wanted_version or fnmatchcase(version or ":latest", wanted_version)):
+            wanted, wanted_version = completed(pattern)
+            if _matches(name, wanted) and (not wanted_version or _matches(version or ":latest", wanted_version)):
                 return True
         return False
+
+
+_ID = re.compile(r"(sha256:)?[0-9a-f]+")
 
 
 class Volume(_Section, frozen=True):
@@ -151,15 +187,32 @@ class Network(_Section, frozen=True):
         "com.docker.network.enable_ipv4",
         "com.docker.network.enable_ipv6",
     )
+    """Of the driver, of IPAM, of an endpoint. `*` also allows other IPAM drivers, scopes and sources of options."""
+    subnets: Patterns = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+    """The host routes a network's addresses into that network: public ones would be taken from whom they belong to."""
 
     @property
     def any_option(self) -> bool:
         """Nothing is restricted."""
         return "*" in self.options
 
-    def options_allowed(self, options: Mapping[str, str]) -> bool:
-        """Whether all of these may be given."""
-        return all(matches(name, self.options) for name in options)
+    def subnet_allowed(self, addresses: str) -> bool:
+        """Whether a network may have these addresses (`10.1.0.0/16`, or one).
+
+        Raises:
+            ValueError: they are none.
+        """
+        asked = ipaddress.ip_network(addresses, strict=False)
+        return "*" in self.subnets or any(_holds(ipaddress.ip_network(each), asked) for each in self.subnets)
+
+
+_Subnet = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _holds(outer: _Subnet, inner: _Subnet) -> bool:
+    if isinstance(outer, ipaddress.IPv4Network):
+        return isinstance(inner, ipaddress.IPv4Network) and inner.subnet_of(outer)
+    return isinstance(inner, ipaddress.IPv6Network) and inner.subnet_of(outer)
 
 
 class Ownership(_Section, frozen=True):
@@ -176,6 +229,8 @@ class Policy(_Section, frozen=True):
     """The preset that it began from, for messages."""
     allowed: frozenset[str]
     """Ids of operations."""
+    key: str = ""
+    """The named key that it is of, for messages."""
     unrestricted: bool = False
     """There is nothing to look at: the preset `everything` as it is."""
     strict: bool = True
@@ -195,12 +250,7 @@ class Policy(_Section, frozen=True):
             RunnerError: `policy_denied`.
         """
         if operation.id not in self.allowed:
-            allow = f'[operations] allow = ["{operation.id}"]'
-            raise RunnerError(
-                "policy_denied",
-                f"the policy '{self.name}' denies {operation.id} (`{allow}` would allow it)",
-                details={"rule": "operations", "value": operation.id, "allow": allow},
-            )
+            self.deny("operations", operation.id, f'[operations] allow = ["{_STANDING}", "{operation.id}"]')
 
     def permit_version(self, version: tuple[int, int] | None) -> None:
         """Refuse a version of the API from before the engine knew what it should not take.
@@ -210,13 +260,65 @@ class Policy(_Section, frozen=True):
         """
         major, _, minor = self.min_api_version.partition(".")
         if version is not None and version < (int(major), int(minor)):
-            allow = f'min_api_version = "{version[0]}.{version[1]}"'
-            raise RunnerError(
-                "policy_denied",
-                f"the policy '{self.name}' denies API versions before {self.min_api_version}"
-                f" (`{allow}` would allow it)",
-                details={"rule": "min_api_version", "value": f"{version[0]}.{version[1]}", "allow": allow},
-            )
+            asked = f"{version[0]}.{version[1]}"
+            self.deny("API versions before min_api_version", asked, f'min_api_version = "{asked}"')
+
+    def deny(self, rule: str, value: object, allow: str) -> NoReturn:
+        """Refuse.
+
+        Args:
+            rule: what the caller asked for, in the engine's words: `HostConfig.Privileged`.
+            value: its value.
+            allow: the line of policy that would allow it.
+
+        Raises:
+            RunnerError: `policy_denied`.
+        """
+        if self.key:
+            place = f"keys.{_toml_key(self.key)}"
+            head, bracket, rest = allow.partition("]")
+            if bracket and allow.startswith("["):
+                brackets = head.rpartition("[")
+                allow = f"{brackets[0]}[{place}.{brackets[2]}]{rest}"
+            else:
+                allow = f"[{place}] {allow}"
+        raise refusal(f"the policy '{self.name}'", rule, value, allow)
+
+    def line(self, section: str, name: str, values: Iterable[str]) -> str:
+        """The line of policy that lets values into a list: `[section] name = [...]`, with what the list holds."""
+        standing: Patterns = getattr(getattr(self, section), name)
+        usual = getattr(getattr(PRESETS[self.name], section), name)
+        held = () if not standing else (_STANDING,) if standing == usual else standing
+        return f"[{section}] {name} = [{', '.join([*map(toml, held), *map(_toml_pattern, values)])}]"
+
+
+def refusal(whose: str, rule: str, value: object, allow: str) -> RunnerError:
+    """What a policy says where it denies; arguments as `Policy.deny`."""
+    shown, line = _plain(repr(value)[:200]), _plain(allow)
+    return RunnerError(
+        "policy_denied",
+        f"{whose} denies {rule}: {shown} (`{line}` would allow it)",
+        details={"rule": rule, "value": shown, "allow": line},
+    )
+
+
+def toml(text: str) -> str:
+    """A string as a policy file writes it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_pattern(value: str) -> str:
+    """A pattern for a value: itself, or what it begins with where nobody would want to read it."""
+    return toml("..*" if value == _STANDING else value if len(value) <= 100 else value[:80] + "*")
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml(name)
+
+
+def _plain(text: str) -> str:
+    """Text that UTF-8 can hold, whatever bytes a path held."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Policies(msgspec.Struct, frozen=True):
@@ -232,7 +334,24 @@ class Policies(msgspec.Struct, frozen=True):
 
 def matches(value: str, patterns: Sequence[str]) -> bool:
     """Whether a value is one of the patterns."""
-    return any(fnmatchcase(value, pattern) for pattern in patterns)
+    return any(_matches(value, pattern) for pattern in patterns)
+
+
+def _matches(value: str, pattern: str) -> bool:
+    """Not `fnmatch`, to which brackets and question marks are more than themselves."""
+    first, *rest = pattern.split("*")
+    if not rest:
+        return value == pattern
+    *middle, last = rest
+    if not value.startswith(first) or len(value) < len(first) + len(last) or not value.endswith(last):
+        return False
+    at, end = len(first), len(value) - len(last)
+    for part in middle:
+        at = value.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
 
 
 def _ids(allow: Sequence[str], deny: Sequence[str] = ()) -> frozenset[str]:
@@ -242,7 +361,7 @@ def _ids(allow: Sequence[str], deny: Sequence[str] = ()) -> frozenset[str]:
         ValueError: one names none.
     """
     for pattern in (*allow, *deny):
-        if not any(fnmatchcase(operation.id, pattern) for operation in OPERATIONS):
+        if not any(_matches(operation.id, pattern) for operation in OPERATIONS):
             raise ValueError(f"no operation is called {pattern!r}")
     return frozenset(
         operation.id for operation in OPERATIONS if matches(operation.id, allow) and not matches(operation.id, deny)
@@ -286,24 +405,33 @@ PRESETS: Mapping[str, Policy] = {
             masked_paths=True,
             ports=_ANY,
             log_drivers=_ANY,
+            log_options=_ANY,
             ulimits=_ANY,
             start_body=True,
         ),
         exec=Exec(privileged=True),
         images=Images(load=True, build=True, fetch_urls=True, build_options=True),
         volume=Volume(drivers=_ANY, driver_options=True),
-        network=Network(drivers=_ANY, options=_ANY),
+        network=Network(drivers=_ANY, options=_ANY, subnets=_ANY),
     ),
 }
 
 
 class _Operations(_Section, frozen=True):
-    allow: Patterns | None = None
+    allow: Patterns = (_STANDING,)
     deny: Patterns = ()
 
 
 class PolicyError(Exception):
     """A policy file is wrong; the message names the line, if it is known, and the reason."""
+
+
+class _Wrong(Exception):  # noqa: N818
+    """What is wrong, and where: the names of tables and of a key, from the outside in."""
+
+    def __init__(self, place: tuple[str, ...], reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 def parse(text: str) -> Policies:
@@ -314,91 +442,149 @@ def parse(text: str) -> Policies:
     """
     try:
         document = tomllib.loads(text)
-        keys = document.pop("keys", {})
-        if not isinstance(keys, dict) or not all(isinstance(table, dict) for table in keys.values()):
-            raise PolicyError("keys: must be tables, [keys.NAME]")
-        default = _policy(document, PRESETS["workloads"], "")
-        return Policies(default, {name: _policy(table, default, f"keys.{name}.") for name, table in keys.items()})
     except tomllib.TOMLDecodeError as error:
+        found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
+        reason = f"line {found[2]}: not TOML: {found[1]}, at column {found[3]}" if found else f"not TOML: {error}"
+        raise PolicyError(_plain(reason)) from error
+    except (ValueError, RecursionError) as error:  # A number of too many digits, brackets in brackets without end.
         raise PolicyError(f"not TOML: {error}") from error
-    except msgspec.ValidationError as error:
-        place, reason = str(error).split("\0")
-        raise PolicyError(f"line {_line_of(text, place)}: {place}: {reason}") from error
+    try:
+        keys = _table(document.pop("keys", {}), ("keys",))
+        default = _policy(document, PRESETS["workloads"], ())
+        return Policies(
+            default,
+            {
+                name: _policy(_table(table, ("keys", name)), msgspec.structs.replace(default, key=name), ("keys", name))
+                for name, table in keys.items()
+            },
+        )
+    except _Wrong as error:
+        where = ".".join(_toml_key(part) for part in error.place)
+        raise PolicyError(_plain(f"line {_line_of(text, error.place)}: {where}: {error}")) from error
 
 
-def _policy(table: dict[str, Any], base: Policy, place: str) -> Policy:
+def _table(value: Any, place: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _Wrong(place, f"must be a table, [{'.'.join(place)}]")
+    return dict(value)
+
+
+def _policy(table: dict[str, Any], base: Policy, place: tuple[str, ...]) -> Policy:
     preset = table.pop("preset", None)
     if preset is not None:
-        if preset not in PRESETS:
-            raise msgspec.ValidationError(f"{place}preset\0must be one of {', '.join(PRESETS)}")
-        base = PRESETS[preset]
-    operations = _section(table.pop("operations", {}), _Operations(), f"{place}operations")
-    fields: dict[str, Any] = {"name": base.name, "unrestricted": base.unrestricted and not table}
-    try:
-        allowed = base.allowed if operations.allow is None else _ids(operations.allow)
-        fields["allowed"] = allowed - _ids(operations.deny)
-    except ValueError as error:
-        raise msgspec.ValidationError(f"{place}operations\0{error}") from error
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise _Wrong((*place, "preset"), f"must be one of {', '.join(PRESETS)}")
+        base = msgspec.structs.replace(PRESETS[preset], key=base.key)
+    operations = _section(table.pop("operations", {}), _Operations(), (*place, "operations"))
+    fields: dict[str, Any] = {"unrestricted": base.unrestricted and not table}
+    for name in ("allow", "deny"):
+        try:
+            named = _ids([pattern for pattern in getattr(operations, name) if pattern != _STANDING])
+        except ValueError as error:
+            raise _Wrong((*place, "operations", name), str(error)) from error
+        if name == "allow":
+            fields["allowed"] = named | (base.allowed if _STANDING in operations.allow else frozenset())
+        else:
+            fields["allowed"] -= named
     for name, value in table.items():
         standing = getattr(base, name, None)
         if isinstance(standing, _Section):
-            fields[name] = _section(value, standing, f"{place}{name}")
+            fields[name] = _section(value, standing, (*place, name))
         elif name in ("strict", "min_api_version"):
-            try:
-                fields[name] = msgspec.convert(value, type(standing))
-            except msgspec.ValidationError as error:
-                raise msgspec.ValidationError(f"{place}{name}\0{error}") from error
+            fields[name] = _converted(value, type(standing), (*place, name))
         else:
-            raise msgspec.ValidationError(f"{place}{name}\0a policy has no such part")
+            raise _Wrong((*place, name), "a policy has no such part")
     policy = msgspec.structs.replace(base, **fields)
     _check(policy, place)
     return policy
 
 
-def _section(value: Any, standing: Any, place: str) -> Any:
+def _section(value: Any, standing: Any, place: tuple[str, ...]) -> Any:
     """A section with what the file says of it in place of what stands."""
-    if not isinstance(value, dict):
-        raise msgspec.ValidationError(f"{place}\0must be a table, [{place}]")
-    kept = {field: getattr(standing, field) for field in standing.__struct_fields__ if field not in value}
-    for name, item in value.items():
-        field = next((field for field in msgspec.structs.fields(standing) if field.name == name), None)
-        if field is None:
-            raise msgspec.ValidationError(f"{place}.{name}\0there is no such rule")
-        try:
-            kept[name] = msgspec.convert(item, field.type)
-        except msgspec.ValidationError as error:
-            raise msgspec.ValidationError(f"{place}.{name}\0{error}") from error
-    return type(standing)(**kept)
+    said = _table(value, place)
+    types = {field.name: field.type for field in msgspec.structs.fields(standing)}
+    for name, item in said.items():
+        if name not in types:
+            raise _Wrong((*place, name), "there is no such rule")
+        said[name] = _converted(item, types[name], (*place, name))
+        if types[name] == Patterns:
+            held = getattr(standing, name)
+            said[name] = tuple(
+                each for pattern in said[name] for each in (held if pattern == _STANDING else (pattern,))
+            )
+    return msgspec.structs.replace(standing, **said)
 
 
-def _check(policy: Policy, place: str) -> None:
+def _converted(value: Any, kind: Any, place: tuple[str, ...]) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _Wrong(place, str(error)) from error
+
+
+def _check(policy: Policy, place: tuple[str, ...]) -> None:
+    """What types do not say.
+
+    Raises:
+        _Wrong: the first that is wrong.
+    """
+
+    def wrong(*name_and_reason: str) -> NoReturn:
+        *name, reason = name_and_reason
+        raise _Wrong((*place, *name), reason)
+
     if not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", policy.min_api_version):
-        raise msgspec.ValidationError(f'{place}min_api_version\0must be a version, such as "1.24"')
+        wrong("min_api_version", 'must be a version, such as "1.24"')
     if policy.scope.label and not re.fullmatch(r"[^=\s,]+=[^\s,]+", policy.scope.label):
-        raise msgspec.ValidationError(f"{place}scope.label\0must be NAME=VALUE, without blanks and commas")
-    for bind in policy.container.binds:
+        wrong("scope", "label", "must be NAME=VALUE, without blanks and commas")
+    rules = policy.container
+    for bind in rules.binds:
         if bind.path != posixpath.normpath(bind.path) or not bind.path.startswith("/") or bind.path.startswith("//"):
-            raise msgspec.ValidationError(f"{place}container.binds\0{bind.path!r} is no plain absolute path")
-    for ports in policy.container.ports:
-        if not re.fullmatch(r"\*|[0-9]{1,5}(-[0-9]{1,5})?", ports):
-            raise msgspec.ValidationError(f"{place}container.ports\0{ports!r} is no port and no range")
+            wrong("container", "binds", f"{bind.path!r} is no plain absolute path")
+    for ports in rules.ports:
+        if ports != "*" and not (
+            re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?", ports)
+            and sorted((*_port_range(ports), 65535)) == [*_port_range(ports), 65535]
+        ):
+            wrong("container", "ports", f"{ports!r} is no port and no range")
+    for limit in ("max_memory", "max_cpus", "max_pids"):
+        value = getattr(rules, limit)
+        if value < 0 or not math.isfinite(value):
+            wrong("container", limit, "must be 0 (none) or more")
+    for pattern in rules.namespaces:
+        if not re.fullmatch(r"\*|(network|pid|ipc|uts|user|cgroup):.+", pattern):
+            wrong("container", "namespaces", f'{pattern!r} is no KIND:MODE, such as "network:host"')
+    for subnet in policy.network.subnets:
+        try:
+            if subnet != "*":
+                ipaddress.ip_network(subnet)
+        except ValueError:
+            wrong("network", "subnets", f'{subnet!r} is no subnet, such as "10.0.0.0/8"')
 
 
-def _line_of(text: str, place: str) -> str:
-    """The line of a policy file that says something, as far as plain tables go; `?` where it is written otherwise."""
-    *tables, name = place.split(".")
-    current: list[str] = []
+def _line_of(text: str, place: tuple[str, ...]) -> str:
+    """The line of a policy file that says something, or that its table begins at; `?` where neither is written so."""
+    tables: tuple[str, ...] = ()
+    found = "?"
     for number, line in enumerate(text.split("\n"), 1):
-        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
-            current = [part.strip(' "') for part in header[1].split(".")]
-            if current == [*tables, name]:
-                return str(number)
-        elif current == tables and re.match(rf'\s*"?{re.escape(name)}"?\s*[.=]', line):
+        if header := re.match(r"\s*\[+([^\]#]*)\]", line):
+            tables = said = _keys(header[1])
+        elif assigned := re.match(r"\s*([^=#]*?)\s*=", line):
+            said = (*tables, *_keys(assigned[1]))
+        else:
+            continue
+        if said[: len(place)] == place:
             return str(number)
-    return "?"
+        if found == "?" and said and said == place[: len(said)]:
+            found = str(number)
+    return found
 
 
-def _completed(reference: str) -> tuple[str, str]:
+def _keys(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in re.findall(r"\s*(\"[^\"]*\"|'[^']*'|[^.]+)\s*\.?", dotted))
+
+
+def completed(reference: str) -> tuple[str, str]:
     """A reference as the engine completes it: `docker.io/library/busybox`, and `:tag` or `@digest` (or nothing).
 
     Source: the reference grammar of the distribution project.
@@ -409,9 +595,8 @@ def _completed(reference: str) -> tuple[str, str]:
     if colon and "/" not in tag:
         name, version = head, version or f":{tag}"
     first, slash, rest = name.partition("/")
-    if not slash or not (
-        "." in first or ":" in first or first == "localhost" or "*" in first or first != first.lower()
-    ):
+    registry = "." in first or ":" in first or first == "localhost" or "*" in first or first != first.lower()
+    if not slash or not registry:
         first, rest = "docker.io", name
     if first == "index.docker.io":
         first = "docker.io"

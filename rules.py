@@ -6,6 +6,7 @@ rule, the value, and the line of policy that would allow it. What is not written
 To add a rule: a field in `policy.py` (with its value in each preset), a check here, a row in `tests/test_rules.py`.
 """
 
+import math
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import operations
 import strict_json
 from errors import RunnerError
 from operations import Operation
-from policy import Container, Policy, matches
+from policy import Policy, matches, refusal, toml
 
 # Of tmpfs(5) and mount(8): size and ownership, and what only takes rights away. `bind` is one of mount's options, too.
 _TMPFS_OPTION = re.compile(
@@ -28,6 +29,8 @@ _TMPFS_OPTION = re.compile(
 _BIND_OPTIONS = frozenset(("", "ro", "rw", "nocopy", "private", "rprivate", "consistent", "cached", "delegated"))
 _NO_NEW_PRIVILEGES = ("no-new-privileges", "no-new-privileges=true", "no-new-privileges:true")
 _HEXADECIMAL = re.compile(r"(sha256:)?[0-9a-f]+")
+_VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_WHOLE_HOST = '[container] binds = [{path = "/", below = true}]'
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -41,22 +44,6 @@ class Asked(msgspec.Struct, frozen=True):
 Rule = Callable[[Policy, Asked], None]
 
 
-def deny(rule: str, value: object, allow: str) -> NoReturn:
-    """Refuse.
-
-    Args:
-        rule: what the caller asked for, in the engine's words: `HostConfig.Privileged`.
-        value: its value.
-        allow: the line of policy that would allow it.
-    """
-    shown = repr(value)[:200]
-    raise RunnerError(
-        "policy_denied",
-        f"the policy denies {rule}: {shown} (`{allow}` would allow it)",
-        details={"rule": rule, "value": shown, "allow": allow},
-    )
-
-
 def container_create(policy: Policy, asked: Asked) -> None:
     """`ContainerCreate`."""
     body, unknown = strict_json.read(asked.body or b"{}", bodies.ContainerCreate)
@@ -64,20 +51,16 @@ def container_create(policy: Policy, asked: Asked) -> None:
     if misplaced:
         raise RunnerError("ambiguous_body", f"{misplaced[0]} belongs into HostConfig: the engine may take it there")
     _check_unknown(policy, unknown)
-    if body.image is not None:
-        _image(policy, "Image", body.image)
+    # Without an image a container begins empty, to be filled with whatever its maker has.
+    _image(policy, "Image", body.image or "")
     host = body.host_config or bodies.HostConfig()
-    rules = policy.container
-    _host_config(rules, host)
+    _host_config(policy, host)
     _mounts(policy, host)
-    _resources(rules, host, "HostConfig.")
-    _required(rules, host)
+    _resources(policy, host, "HostConfig.")
+    _required(policy, host)
     for name, endpoint in ((body.networking_config or bodies.NetworkingConfig()).endpoints_config or {}).items():
-        _network_mode(rules, "NetworkingConfig.EndpointsConfig", name)
-        if endpoint is not None and endpoint.driver_opts and not policy.network.options_allowed(endpoint.driver_opts):
-            deny(
-                "EndpointsConfig.DriverOpts", endpoint.driver_opts, _line("network", "options", [*endpoint.driver_opts])
-            )
+        _network_mode(policy, "NetworkingConfig.EndpointsConfig", name)
+        _network_options(policy, "EndpointsConfig.DriverOpts", (endpoint or bodies.Endpoint()).driver_opts)
 
 
 _HOST_CONFIG = strict_json.field_names(bodies.HostConfig)
@@ -87,16 +70,24 @@ def container_update(policy: Policy, asked: Asked) -> None:
     """`ContainerUpdate`."""
     body, unknown = strict_json.read(asked.body or b"{}", bodies.ContainerUpdate)
     _check_unknown(policy, unknown)
-    _resources(policy.container, body, "")
+    _resources(policy, body, "")
+    rules = policy.container
+    # Half of what a limit is made of says nothing without the other half, which the engine has.
+    if rules.max_cpus and (body.cpu_quota is None) != (body.cpu_period is None):
+        policy.deny("CpuQuota and CpuPeriod", "one without the other", "[container] max_cpus = 0")
+    if rules.max_pids and body.pids_limit == 0:
+        policy.deny("PidsLimit", 0, "[container] max_pids = 0")
 
 
 def container_start(policy: Policy, asked: Asked) -> None:
     """`ContainerStart`. Old versions of the API take a HostConfig here; checkpoints are folders of the host."""
-    if asked.body.strip() and not policy.container.start_body:
-        deny("ContainerStart with a body", f"{len(asked.body)} bytes", "[container] start_body = true")
+    if policy.container.start_body:
+        return
+    if asked.body.strip() not in (b"", b"{}", b"null"):
+        policy.deny("ContainerStart with a body", f"{len(asked.body)} bytes", "[container] start_body = true")
     for name in ("checkpoint", "checkpoint-dir"):
-        if asked.query.get(name) and not policy.container.start_body:
-            deny(f"ContainerStart {name}", asked.query[name], "[container] start_body = true")
+        if asked.query.get(name):
+            policy.deny(f"ContainerStart {name}", asked.query[name], "[container] start_body = true")
 
 
 def container_exec(policy: Policy, asked: Asked) -> None:
@@ -104,9 +95,9 @@ def container_exec(policy: Policy, asked: Asked) -> None:
     body, unknown = strict_json.read(asked.body or b"{}", bodies.ContainerExec)
     _check_unknown(policy, unknown)
     if body.privileged and not policy.exec.privileged:
-        deny("exec Privileged", True, "[exec] privileged = true")
+        policy.deny("exec Privileged", True, "[exec] privileged = true")
     if not matches(body.user or "", policy.exec.users):
-        deny("exec User", body.user or "", _line("exec", "users", [body.user or ""]))
+        policy.deny("exec User", body.user or "", policy.line("exec", "users", [body.user or ""]))
 
 
 def volume_create(policy: Policy, asked: Asked) -> None:
@@ -114,88 +105,114 @@ def volume_create(policy: Policy, asked: Asked) -> None:
     body, unknown = strict_json.read(asked.body or b"{}", bodies.VolumeCreate)
     _check_unknown(policy, unknown)
     _volume_driver(policy, "volume", body.driver, body.driver_opts)
+    if body.cluster_volume_spec and not matches("cluster", policy.volume.drivers):
+        policy.deny("ClusterVolumeSpec", "a cluster's volume", policy.line("volume", "drivers", ["cluster"]))
 
 
 def network_create(policy: Policy, asked: Asked) -> None:
     """`NetworkCreate`."""
     body, unknown = strict_json.read(asked.body or b"{}", bodies.NetworkCreate)
     _check_unknown(policy, unknown)
+    network = policy.network
     driver = body.driver or "bridge"
-    if not matches(driver, policy.network.drivers):
-        deny("network Driver", driver, _line("network", "drivers", [driver]))
+    if not matches(driver, network.drivers):
+        policy.deny("network Driver", driver, policy.line("network", "drivers", [driver]))
     ipam = body.ipam or bodies.Ipam()
-    if (ipam.driver or "default") != "default" and not policy.network.any_option:
-        deny("network IPAM.Driver", ipam.driver, '[network] options = ["*"]')
-    options = {**(body.options or {}), **(ipam.options or {})}
-    if not policy.network.options_allowed(options):
-        refused = [name for name in options if not matches(name, policy.network.options)]
-        deny("network Options", refused[0], _line("network", "options", refused))
+    _network_options(policy, "network Options", {**(body.options or {}), **(ipam.options or {})})
     for rule, value in (
+        ("IPAM.Driver", (ipam.driver or "default") != "default" and ipam.driver),
         ("Scope", (body.scope or "local") != "local" and body.scope),
         ("Ingress", body.ingress),
         ("ConfigOnly", body.config_only),
         ("ConfigFrom", body.config_from),
     ):
-        if value and not policy.network.any_option:
-            deny(f"network {rule}", value, '[network] options = ["*"]')
+        if value and not network.any_option:
+            policy.deny(f"network {rule}", value, '[network] options = ["*"]')
+    for config in ipam.config or []:
+        for addresses in (config.subnet, config.ip_range, config.gateway):
+            _subnet(policy, addresses or "")
 
 
 def network_connect(policy: Policy, asked: Asked) -> None:
     """`NetworkConnect`."""
     body, unknown = strict_json.read(asked.body or b"{}", bodies.NetworkConnect)
     _check_unknown(policy, unknown)
-    options = (body.endpoint_config or bodies.Endpoint()).driver_opts
-    if options and not policy.network.options_allowed(options):
-        deny("EndpointConfig.DriverOpts", options, _line("network", "options", [*options]))
+    _network_mode(policy, "NetworkConnect", asked.name)
+    _network_options(policy, "EndpointConfig.DriverOpts", (body.endpoint_config or bodies.Endpoint()).driver_opts)
+
+
+def network_disconnect(policy: Policy, asked: Asked) -> None:
+    """`NetworkDisconnect`: nothing is refused but a body of two readings, for the sake of scopes."""
+    strict_json.read(asked.body or b"{}", bodies.NetworkDisconnect)
 
 
 def image_create(policy: Policy, asked: Asked) -> None:
     """`ImageCreate`: a pull, or an import."""
     source = asked.query.get("fromSrc", "")
     if source not in ("", "-") and not policy.images.fetch_urls:
-        deny("ImageCreate fromSrc", source, "[images] fetch_urls = true")
+        policy.deny("ImageCreate fromSrc", source, "[images] fetch_urls = true")
     if asked.query.get("fromImage"):
-        _image(policy, "fromImage", _reference(asked.query["fromImage"], asked.query.get("tag", "")))
+        _every_tag(policy, "fromImage", asked.query["fromImage"], asked.query.get("tag", ""))
     elif source:
-        _target(policy, "repo", asked.query.get("repo", ""), asked.query.get("tag", ""))
+        _target(policy, asked)
 
 
 def image_build(policy: Policy, asked: Asked) -> None:
     """`ImageBuild`. What a Dockerfile is built from is not seen here, so restricted images take builds away."""
-    if not policy.images.everything and not policy.images.build:
-        deny("ImageBuild", "FROM any image", "[images] build = true")
-    if asked.query.get("remote") and not policy.images.fetch_urls:
-        deny("ImageBuild remote", asked.query["remote"], "[images] fetch_urls = true")
-    mode = asked.query.get("networkmode", "")
-    if mode:
-        _network_mode(policy.container, "ImageBuild networkmode", mode)
-    for name in ("extrahosts", "securityopt", "cgroupparent", "ulimits"):
-        if asked.query.get(name) not in (None, "", "null", "[]") and not policy.images.build_options:
-            deny(f"ImageBuild {name}", asked.query[name], "[images] build_options = true")
-    _maximum(policy.container, "ImageBuild memory", _number(asked.query.get("memory", "")), "max_memory")
-    for tag in asked.query.get("t", "\n").split("\n"):
+    images, rules = policy.images, policy.container
+    if not images.build:
+        if not images.everything:
+            policy.deny("ImageBuild", "FROM any image", "[images] build = true")
+        if rules.max_memory or rules.max_cpus or rules.max_pids:
+            policy.deny("ImageBuild", "a build without limits", "[images] build = true")
+    # What comes over a session comes from the caller.
+    remote = asked.query.get("remote", "")
+    if remote not in ("", "client-session", "upload-request") and not images.fetch_urls:
+        policy.deny("ImageBuild remote", remote, "[images] fetch_urls = true")
+    _network_mode(policy, "ImageBuild networkmode", asked.query.get("networkmode", ""))
+    for name in ("extrahosts", "securityopt", "cgroupparent", "ulimits", "outputs"):
+        if asked.query.get(name) not in (None, "", "null", "[]") and not images.build_options:
+            policy.deny(f"ImageBuild {name}", asked.query[name], "[images] build_options = true")
+    for tag in asked.query.get("t", "").split("\n"):
         if tag:
             _image(policy, "ImageBuild t", tag)
 
 
-def image_target(policy: Policy, asked: Asked) -> None:
-    """`ImageTag`, `ImageCommit`: the name that is given."""
-    _target(policy, "repo", asked.query.get("repo", ""), asked.query.get("tag", ""))
+def image_tag(policy: Policy, asked: Asked) -> None:
+    """`ImageTag`: the name that is given, and the image that gets it: what may not be run gets no name that may."""
+    _image(policy, "the image", asked.name)
+    _target(policy, asked)
+
+
+def image_commit(policy: Policy, asked: Asked) -> None:
+    """`ImageCommit`: the name that is given."""
+    _target(policy, asked)
+
+
+def image_push(policy: Policy, asked: Asked) -> None:
+    """`ImagePush`."""
+    _every_tag(policy, "the image", asked.name, asked.query.get("tag", ""))
 
 
 def image_named(policy: Policy, asked: Asked) -> None:
-    """`ImagePush`, `DistributionInspect`: the engine asks the registry that the name begins with."""
-    _image(policy, "the image", _reference(asked.name, asked.query.get("tag", "")))
+    """`ImageGet`, and `DistributionInspect`, for which the engine asks the registry that the name begins with."""
+    _image(policy, "the image", asked.name)
+
+
+def image_get_all(policy: Policy, asked: Asked) -> None:
+    """`ImageGetAll`."""
+    for name in asked.query.get("names", "").split("\n"):
+        _image(policy, "names", name)
 
 
 def image_load(policy: Policy, asked: Asked) -> None:
     """`ImageLoad`: the names stand within the archive."""
     if not policy.images.everything and not policy.images.load:
-        deny("ImageLoad", "any image", "[images] load = true")
+        policy.deny("ImageLoad", "any image", "[images] load = true")
 
 
 _SINGLE = frozenset(
-    ("fromSrc", "fromImage", "tag", "repo", "remote", "networkmode", "memory", "cgroupparent", "filters", "name")
+    ("fromSrc", "fromImage", "tag", "repo", "remote", "networkmode", "cgroupparent", "filters", "name", "container")
 )
 """Parameters of which the engine takes the first; others may stand several times."""
 
@@ -213,16 +230,15 @@ def parameters(target: bytes) -> dict[str, str]:
     if ";" in text or re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise RunnerError("ambiguous_query", "the query holds a bare ; or a % that is no escape")
     found: dict[str, str] = {}
-    for name, value in parse_qsl(text, keep_blank_values=True, encoding="utf-8", errors="surrogateescape"):
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError as error:
+        raise RunnerError("ambiguous_query", "the query is not UTF-8") from error
+    for name, value in pairs:
         if name in found and name in _SINGLE:
             raise RunnerError("ambiguous_query", f"{name} stands more than once in the query")
         found[name] = f"{found[name]}\n{value}" if name in found else value
     return found
-
-
-def network_disconnect(policy: Policy, asked: Asked) -> None:
-    """`NetworkDisconnect`: nothing is refused but a body of two readings, for the sake of scopes."""
-    strict_json.read(asked.body or b"{}", bodies.NetworkDisconnect)
 
 
 RULES: Mapping[str, Rule] = {
@@ -236,9 +252,11 @@ RULES: Mapping[str, Rule] = {
     "NetworkDisconnect": network_disconnect,
     "ImageCreate": image_create,
     "ImageBuild": image_build,
-    "ImageTag": image_target,
-    "ImageCommit": image_target,
-    "ImagePush": image_named,
+    "ImageTag": image_tag,
+    "ImageCommit": image_commit,
+    "ImagePush": image_push,
+    "ImageGet": image_named,
+    "ImageGetAll": image_get_all,
     "DistributionInspect": image_named,
     "ImageLoad": image_load,
 }
@@ -249,7 +267,7 @@ READ_WHOLE = frozenset(
     )
 )
 """Operations whose body is looked into."""
-_FORM = b"application/x-www-form-urlencoded"
+_TYPE = re.compile(rb"[ \t\x21-\x7e]*")
 
 
 def needs_body(policy: Policy, operation: Operation) -> bool:
@@ -283,14 +301,20 @@ def check(
     if policy.unrestricted:
         return
     policy.permit_version(operations.api_version(target))
-    if has_body and operation.method == "POST":
+    if has_body:
         for field, value in headers:
-            if field == b"content-type" and value.strip().lower().startswith(_FORM):
+            # The engine lowers and trims as Unicode does: U+0130 becomes an i, a no-break space nothing.
+            if field == b"content-type" and (b"form" in value.lower() or not _TYPE.fullmatch(value)):
                 raise RunnerError("ambiguous_query", "the engine would take a form's fields for the query's")
     rule = RULES.get(operation.id)
     if rule is not None:
         name = operations.parameter(operation, target) if "{" in operation.template else ""
         rule(policy, Asked(name, parameters(target), body))
+
+
+def deny(rule: str, value: object, allow: str) -> NoReturn:
+    """Refuse where no policy is at hand; see `Policy.deny`."""
+    raise refusal("the policy", rule, value, allow)
 
 
 # The parts of a create.
@@ -299,13 +323,22 @@ def check(
 def _check_unknown(policy: Policy, unknown: Iterable[str]) -> None:
     for name in unknown:
         if policy.strict:
-            deny("a field that the policy does not know", name, "strict = false")
+            policy.deny("a field that the policy does not know", name, "strict = false")
 
 
-def _host_config(rules: Container, host: bodies.HostConfig) -> None:
+def _each(policy: Policy, rule: str, asked: Iterable[str], name: str) -> None:
+    """Hold values against a list of `[container]`; a refusal names them all in its line."""
+    standing = getattr(policy.container, name)
+    refused = [value for value in asked if not matches(value, standing)]
+    if refused:
+        policy.deny(rule, refused[0], policy.line("container", name, refused[:20]))
+
+
+def _host_config(policy: Policy, host: bodies.HostConfig) -> None:
+    rules = policy.container
     if host.privileged and not rules.privileged:
-        deny("HostConfig.Privileged", True, "[container] privileged = true")
-    _network_mode(rules, "HostConfig.NetworkMode", host.network_mode or "")
+        policy.deny("HostConfig.Privileged", True, "[container] privileged = true")
+    _network_mode(policy, "HostConfig.NetworkMode", host.network_mode or "")
     for kind, value, harmless in (
         ("pid", host.pid_mode, ("", "private")),
         ("ipc", host.ipc_mode, ("", "none", "private", "shareable")),
@@ -315,169 +348,208 @@ def _host_config(rules: Container, host: bodies.HostConfig) -> None:
         ("cgroup", host.cgroup, ("",)),
     ):
         if (value or "") not in harmless:
-            _namespace(rules, kind, value or "")
-    for name in (
-        [host.cap_add] if isinstance(host.cap_add, str) else [*(host.cap_add or []), *(host.capabilities or [])]
-    ):
-        plain = name.upper().removeprefix("CAP_")
-        if not matches(plain, rules.capabilities):
-            deny("HostConfig.CapAdd", name, _line("container", "capabilities", [plain]))
-    for option in host.security_opt or []:
-        if option not in _NO_NEW_PRIVILEGES and not matches(option, rules.security_opt):
-            deny("HostConfig.SecurityOpt", option, _line("container", "security_opt", [option]))
-    for name in host.sysctls or {}:
-        if not matches(name, rules.sysctls):
-            deny("HostConfig.Sysctls", name, _line("container", "sysctls", [name]))
-    for name in host.annotations or {}:
-        if not matches(name, rules.annotations):
-            deny("HostConfig.Annotations", name, _line("container", "annotations", [name]))
-    if host.runtime and not matches(host.runtime, rules.runtimes):
-        deny("HostConfig.Runtime", host.runtime, _line("container", "runtimes", [host.runtime]))
-    if host.oom_score_adj and not rules.oom_score_adj:
-        deny("HostConfig.OomScoreAdj", host.oom_score_adj, "[container] oom_score_adj = true")
+            _namespace(policy, f"the {kind} namespace", kind, value or "")
+    added = [host.cap_add] if isinstance(host.cap_add, str) else host.cap_add or []
+    plain = [name.upper().removeprefix("CAP_") for name in [*added, *(host.capabilities or [])]]
+    _each(policy, "HostConfig.CapAdd", plain, "capabilities")
+    options = [option for option in host.security_opt or [] if option not in _NO_NEW_PRIVILEGES]
+    _each(policy, "HostConfig.SecurityOpt", options, "security_opt")
+    _each(policy, "HostConfig.Sysctls", host.sysctls or {}, "sysctls")
+    _each(policy, "HostConfig.Annotations", host.annotations or {}, "annotations")
+    _each(policy, "HostConfig.Runtime", [host.runtime] if host.runtime else [], "runtimes")
+    for rule, asked in (("OomScoreAdj", host.oom_score_adj), ("OomKillDisable", host.oom_kill_disable)):
+        if asked and not rules.oom_score_adj:
+            policy.deny(f"HostConfig.{rule}", asked, "[container] oom_score_adj = true")
     for rule, paths in (("MaskedPaths", host.masked_paths), ("ReadonlyPaths", host.readonly_paths)):
         if paths is not None and not rules.masked_paths:
-            deny(f"HostConfig.{rule}", paths, "[container] masked_paths = true")
+            policy.deny(f"HostConfig.{rule}", paths, "[container] masked_paths = true")
     log = host.log_config or bodies.LogConfig()
-    if log.type and not matches(log.type, rules.log_drivers):
-        deny("HostConfig.LogConfig.Type", log.type, _line("container", "log_drivers", [log.type]))
-    _ports(rules, host)
+    _each(policy, "HostConfig.LogConfig.Type", [log.type] if log.type else [], "log_drivers")
+    _each(policy, "HostConfig.LogConfig.Config", log.config or {}, "log_options")
+    _ports(policy, host)
 
 
-def _namespace(rules: Container, kind: str, value: str) -> None:
+def _namespace(policy: Policy, rule: str, kind: str, value: str) -> None:
     asked = f"{kind}:{value.partition(':')[0]}"
-    if not matches(asked, rules.namespaces):
-        deny(f"the {kind} namespace", value, _line("container", "namespaces", [asked]))
+    if not matches(asked, policy.container.namespaces):
+        policy.deny(rule, value, policy.line("container", "namespaces", [asked]))
 
 
-def _network_mode(rules: Container, rule: str, mode: str) -> None:
+def _network_mode(policy: Policy, rule: str, mode: str) -> None:
     """The network of a container: a name, but not the host's, another container's, or a path's."""
     if mode == "host" or ":" in mode:
-        _namespace(rules, "network", mode)
+        _namespace(policy, rule, "network", mode)
 
 
-def _ports(rules: Container, host: bodies.HostConfig) -> None:
-    if host.publish_all_ports and not rules.port_allowed(0):
-        deny("HostConfig.PublishAllPorts", True, '[container] ports = ["0"]')
+def _network_options(policy: Policy, rule: str, options: Mapping[str, str] | None) -> None:
+    refused = [name for name in options or {} if not matches(name, policy.network.options)]
+    if refused:
+        policy.deny(rule, refused[0], policy.line("network", "options", refused[:20]))
+
+
+def _subnet(policy: Policy, addresses: str) -> None:
+    try:
+        allowed = not addresses or policy.network.subnet_allowed(addresses)
+    except ValueError as error:
+        raise RunnerError("validation_error", f"IPAM.Config: {error}") from error
+    if not allowed:
+        policy.deny("network IPAM.Config", addresses, policy.line("network", "subnets", [addresses]))
+
+
+def _ports(policy: Policy, host: bodies.HostConfig) -> None:
+    rules = policy.container
+    if host.publish_all_ports and not rules.ports_allowed(0, 0):
+        policy.deny("HostConfig.PublishAllPorts", True, policy.line("container", "ports", ["0"]))
     for inner, bindings in (host.port_bindings or {}).items():
         for binding in bindings or []:
             text = binding.host_port or "0"
             first, dash, last = text.partition("-")
             if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?", text):
                 raise RunnerError("validation_error", f"HostConfig.PortBindings: {text!r} is no port")
-            if not all(rules.port_allowed(port) for port in range(int(first), int(last if dash else first) + 1)):
-                deny(f"HostConfig.PortBindings {inner}", text, _line("container", "ports", [text]))
+            low, high = int(first), int(last if dash else first)
+            if not low <= high <= 65535:
+                raise RunnerError("validation_error", f"HostConfig.PortBindings: {text!r} is no port and no range")
+            if not rules.ports_allowed(low, high):
+                policy.deny(f"HostConfig.PortBindings {inner}", text, policy.line("container", "ports", [text]))
 
 
 def _mounts(policy: Policy, host: bodies.HostConfig) -> None:
     """Every way in which a folder of the host gets into a container."""
-    rules = policy.container
     for bind in host.binds or []:
         source, colon, rest = bind.partition(":")
-        if not colon or not source.startswith(("/", ".", "~", "\\")):
-            continue  # A place for an anonymous volume, or a volume's name.
-        options = rest.partition(":")[2].split(",")
-        _bind(rules, "HostConfig.Binds", source, options)
+        if colon and not _VOLUME_NAME.fullmatch(source):  # Else a volume's name, or a place for an anonymous volume.
+            _bind(policy, "HostConfig.Binds", source, rest.partition(":")[2].split(","))
     for mount in host.mounts or []:
-        match (mount.type or "").lower():
-            case "bind":
-                options = [
-                    "ro" if mount.read_only else "rw",
-                    (mount.bind_options or bodies.BindOptions()).propagation or "",
-                ]
-                _bind(rules, "HostConfig.Mounts", mount.source or "", options)
-            case "volume":
-                driver = (mount.volume_options or bodies.VolumeOptions()).driver_config or bodies.Driver()
-                _volume_driver(policy, "HostConfig.Mounts", driver.name, driver.options)
-            case "tmpfs":
-                for option in (mount.tmpfs_options or bodies.TmpfsOptions()).options or []:
-                    _tmpfs("HostConfig.Mounts", "=".join(option), rules)
-            case kind:
-                if not matches(kind, rules.mount_types):
-                    deny("HostConfig.Mounts.Type", mount.type, _line("container", "mount_types", [kind]))
-    for options_text in (host.tmpfs or {}).values():
-        for option_text in options_text.split(","):
-            _tmpfs("HostConfig.Tmpfs", option_text, rules)
+        _mount(policy, mount)
+    for options in (host.tmpfs or {}).values():
+        for option in options.split(","):
+            _tmpfs(policy, "HostConfig.Tmpfs", option)
     if host.volume_driver:
         _volume_driver(policy, "HostConfig.VolumeDriver", host.volume_driver, None)
-    if host.volumes_from and not rules.volumes_from:
-        deny("HostConfig.VolumesFrom", host.volumes_from, "[container] volumes_from = true")
+    if host.volumes_from and not policy.container.volumes_from:
+        policy.deny("HostConfig.VolumesFrom", host.volumes_from, "[container] volumes_from = true")
 
 
-def _bind(rules: Container, rule: str, source: str, options: Iterable[str]) -> None:
+def _mount(policy: Policy, mount: bodies.Mount) -> None:
+    rule, source = "HostConfig.Mounts", mount.source or ""
+    match mount.type or "":
+        case "bind":
+            bind = mount.bind_options or bodies.BindOptions()
+            read_only = mount.read_only and not bind.read_only_non_recursive
+            _bind(policy, rule, source, ["ro" if read_only else "rw", bind.propagation or ""])
+        case "volume":
+            if source and not _VOLUME_NAME.fullmatch(source):
+                _bind(policy, rule, source, [])
+            driver = (mount.volume_options or bodies.VolumeOptions()).driver_config or bodies.Driver()
+            _volume_driver(policy, rule, driver.name, driver.options)
+        case "tmpfs":
+            for option in (mount.tmpfs_options or bodies.TmpfsOptions()).options or []:
+                _tmpfs(policy, rule, "=".join(option))
+        case kind:
+            _each(policy, "HostConfig.Mounts.Type", [kind], "mount_types")
+            if kind == "image":
+                _image(policy, "HostConfig.Mounts.Source", source)
+
+
+def _bind(policy: Policy, rule: str, source: str, options: Iterable[str]) -> None:
+    rules = policy.container
     given = [option for option in options if option]
-    allowed = rules.bind_allowed(source, read_only="ro" in given and "rw" not in given)
-    if not allowed:
-        clean = posixpath.normpath("/" + source.lstrip("/"))
-        deny(rule, source, f'[[container.binds]] path = "{clean}"')
+    if not rules.bind_allowed(source, read_only="ro" in given and "rw" not in given):
+        plain = source.startswith("/") and posixpath.normpath("/" + source.strip("/")) == re.sub("/+", "/", source)
+        policy.deny(rule, source, f"[[container.binds]] path = {toml(source)}" if plain else _WHOLE_HOST)
     for option in given:
         if option not in _BIND_OPTIONS and not rules.any_bind:
-            deny(f"{rule} option", option, '[[container.binds]] path = "/", below = true')
+            policy.deny(f"{rule} option", option, _WHOLE_HOST)
 
 
-def _tmpfs(rule: str, option: str, rules: Container) -> None:
-    if not _TMPFS_OPTION.fullmatch(option) and not rules.any_bind:
-        deny(f"{rule} option", option, '[[container.binds]] path = "/", below = true')
+def _tmpfs(policy: Policy, rule: str, option: str) -> None:
+    if not _TMPFS_OPTION.fullmatch(option) and not policy.container.any_bind:
+        policy.deny(f"{rule} option", option, _WHOLE_HOST)
 
 
 def _volume_driver(policy: Policy, rule: str, driver: str | None, options: Mapping[str, str] | None) -> None:
     name = driver or "local"
     if not matches(name, policy.volume.drivers):
-        deny(f"{rule} Driver", name, _line("volume", "drivers", [name]))
+        policy.deny(f"{rule} Driver", name, policy.line("volume", "drivers", [name]))
     if not options or policy.volume.driver_options:
         return
     # The local driver hands these to mount(2): with `bind` among the options, whatever the type is, it is a bind mount.
-    given = {key.lower(): value for key, value in options.items()}
     harmless = (
-        len(given) == len(options)
-        and given.get("type") == "tmpfs"
-        and given.get("device", "tmpfs") in ("tmpfs", "none", "")
-        and all(_TMPFS_OPTION.fullmatch(option) for option in given.get("o", "").split(","))
-        and given.keys() <= {"type", "device", "o"}
+        options.get("type") == "tmpfs"
+        and options.get("device", "tmpfs") in ("tmpfs", "none", "")
+        and all(_TMPFS_OPTION.fullmatch(option) for option in options.get("o", "").split(","))
+        and options.keys() <= {"type", "device", "o"}
     )
     if name != "local" or not harmless:
-        deny(f"{rule} DriverOpts", dict(options), "[volume] driver_options = true")
+        policy.deny(f"{rule} DriverOpts", dict(options), "[volume] driver_options = true")
 
 
 # Resources.
 
 
-def _resources(rules: Container, asked: bodies.Resources, place: str) -> None:
-    for device in asked.devices or []:
-        if not matches(device.path_on_host or "", rules.devices):
-            deny(f"{place}Devices", device.path_on_host, _line("container", "devices", [device.path_on_host or ""]))
-    if asked.device_requests and not rules.device_requests:
-        deny(f"{place}DeviceRequests", asked.device_requests, "[container] device_requests = true")
-    if asked.device_cgroup_rules and not rules.device_cgroup_rules:
-        deny(f"{place}DeviceCgroupRules", asked.device_cgroup_rules, "[container] device_cgroup_rules = true")
-    if asked.cgroup_parent and not rules.cgroup_parent:
-        deny(f"{place}CgroupParent", asked.cgroup_parent, "[container] cgroup_parent = true")
-    for limit in asked.ulimits or []:
-        if not matches(limit.name or "", rules.ulimits):
-            deny(f"{place}Ulimits", limit.name, _line("container", "ulimits", [limit.name or ""]))
-    _maximum(rules, f"{place}Memory", asked.memory, "max_memory")
-    _maximum(rules, f"{place}NanoCpus", asked.nano_cpus and asked.nano_cpus / 1e9, "max_cpus")
+def _resources(policy: Policy, asked: bodies.Resources, place: str) -> None:
+    rules = policy.container
+    devices = [device.path_on_host or "" for device in asked.devices or []]
+    _devices(policy, f"{place}Devices", devices)
+    for throttled in (
+        asked.blkio_weight_device,
+        asked.blkio_device_read_bps,
+        asked.blkio_device_write_bps,
+        asked.blkio_device_read_i_ops,
+        asked.blkio_device_write_i_ops,
+    ):
+        # The engine looks for the path on the host, and says whether it is there.
+        _devices(policy, f"{place}Blkio... Path", [device.path or "" for device in throttled or []])
+    for rule, value, allowed, name in (
+        ("DeviceRequests", asked.device_requests, rules.device_requests, "device_requests"),
+        ("DeviceCgroupRules", asked.device_cgroup_rules, rules.device_cgroup_rules, "device_cgroup_rules"),
+        ("CgroupParent", asked.cgroup_parent, rules.cgroup_parent, "cgroup_parent"),
+    ):
+        if value and not allowed:
+            policy.deny(f"{place}{rule}", value, f"[container] {name} = true")
+    _each(policy, f"{place}Ulimits", [limit.name or "" for limit in asked.ulimits or []], "ulimits")
+    _maximum(policy, f"{place}Memory", asked.memory, "max_memory")
+    if rules.max_memory and asked.memory_swap:
+        # It counts both; without it the engine takes twice the memory.
+        _maximum(policy, f"{place}MemorySwap", asked.memory_swap, "max_memory", rules.max_memory * 2)
+    _maximum(policy, f"{place}NanoCpus", asked.nano_cpus and asked.nano_cpus / 1e9, "max_cpus")
     if asked.cpu_quota:
-        _maximum(rules, f"{place}CpuQuota", asked.cpu_quota / (asked.cpu_period or 100_000), "max_cpus")
-    _maximum(rules, f"{place}PidsLimit", asked.pids_limit, "max_pids")
+        _maximum(policy, f"{place}CpuQuota", asked.cpu_quota / (asked.cpu_period or 100_000), "max_cpus")
+    _maximum(policy, f"{place}PidsLimit", asked.pids_limit, "max_pids")
 
 
-def _maximum(rules: Container, rule: str, value: float | None, limit: str) -> None:
+def _devices(policy: Policy, rule: str, paths: Sequence[str]) -> None:
+    """A pattern's `*` must not reach out of its folder by `..`."""
+    allowed = policy.container.devices
+    crooked = [path for path in paths if path != posixpath.normpath(path) and path not in allowed]
+    if crooked and "*" not in allowed:
+        policy.deny(rule, crooked[0], policy.line("container", "devices", crooked[:20]))
+    _each(policy, rule, paths, "devices")
+
+
+def _maximum(policy: Policy, rule: str, value: float | None, limit: str, most: float | None = None) -> None:
     """0 and absent say nothing; below that there is no limit at all."""
-    most: float = getattr(rules, limit)
-    if most and value and (value < 0 or value > most):
-        deny(rule, value, f"[container] {limit} = {value:g}" if value > 0 else f"[container] {limit} = 0")
+    standing: float = getattr(policy.container, limit)
+    most = standing if most is None else most
+    if standing and value and (value < 0 or value > most):
+        wanted = value if most == standing else value / (most / standing)
+        policy.deny(rule, value, f"[container] {limit} = {_number(wanted) if value > 0 else 0}")
 
 
-def _required(rules: Container, host: bodies.HostConfig) -> None:
+def _number(value: float) -> str:
+    """As a policy file takes it: whole, but for a few CPUs."""
+    return repr(value) if isinstance(value, float) and value < 1000 and value != int(value) else str(math.ceil(value))
+
+
+def _required(policy: Policy, host: bodies.HostConfig) -> None:
     """Where a maximum is set, a create must state a limit: without one it has none."""
     for limit, rule, stated in (
         ("max_memory", "HostConfig.Memory", host.memory),
         ("max_cpus", "HostConfig.NanoCpus", host.nano_cpus or host.cpu_quota),
         ("max_pids", "HostConfig.PidsLimit", host.pids_limit),
     ):
-        if getattr(rules, limit) and not stated:
-            deny(f"a container without {rule}", 0, f"[container] {limit} = 0")
+        if getattr(policy.container, limit) and not stated:
+            policy.deny(f"a container without {rule}", 0, f"[container] {limit} = 0")
 
 
 # Images.
@@ -485,29 +557,28 @@ def _required(rules: Container, host: bodies.HostConfig) -> None:
 
 def _image(policy: Policy, rule: str, reference: str) -> None:
     images = policy.images
-    if images.everything:
+    if images.everything or images.allows(reference):
         return
-    # What could be an id's beginning names any image that the engine has.
-    if _HEXADECIMAL.fullmatch(reference) or not images.allows(reference):
-        deny(rule, reference, _line("images", "allow", [reference]))
+    # What could be the beginning of an id names any image that the engine has; what is no name cannot be listed.
+    listed = len(reference) < 300 and (
+        len(reference.removeprefix("sha256:")) == 64 or not _HEXADECIMAL.fullmatch(reference)
+    )
+    policy.deny(rule, reference, policy.line("images", "allow", [reference if listed and reference else "*"]))
 
 
-def _target(policy: Policy, rule: str, repository: str, tag: str) -> None:
+def _target(policy: Policy, asked: Asked) -> None:
+    repository = asked.query.get("repo", "")
     if repository:
-        _image(policy, rule, _reference(repository, tag))
+        _image(policy, "repo", _reference(repository, asked.query.get("tag", "")))
+
+
+def _every_tag(policy: Policy, rule: str, name: str, tag: str) -> None:
+    """Without a tag, a pull or a push is of every tag that there is."""
+    versioned = tag or "@" in name or ":" in name.rpartition("/")[2]
+    _image(policy, rule, _reference(name, tag) if versioned else f"{name}:*")
 
 
 def _reference(name: str, tag: str) -> str:
     if not tag:
         return name
     return f"{name}@{tag}" if ":" in tag else f"{name}:{tag}"
-
-
-def _number(text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,19}|", text):
-        raise RunnerError("validation_error", f"memory: {text!r} is no number of bytes")
-    return int(text or "0")
-
-
-def _line(section: str, name: str, values: list[str]) -> str:
-    return f"[{section}] {name} = {str(values).replace(chr(39), chr(34))}"
