@@ -10,10 +10,10 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import pytest
+from policed import Policed, error_of, with_line
 
 from conftest import EngineDirect, Names, Registry
 from dev.engine import Engine
-from policed import Policed, error_of, with_line
 from service import Answer
 
 ACCEPTED = (200, 201, 204)
