@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 
-.PHONY: help run test lint engine-stop clean
+MINUTES ?= 10
+
+.PHONY: help run test fuzz lint engine-stop clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -13,6 +15,11 @@ run: ## start the runner on 127.0.0.1:7071, with an engine of its own if none an
 test: ## all tests, on a real engine; ARGS goes to pytest: make test ARGS="-k auth"
 	@$(PYTHON) -m dev.prepare test
 	@exec .venv/bin/python -m pytest $(ARGS)
+
+fuzz: ## the property tests with many examples, again and again for MINUTES (10) or until one fails
+	@$(PYTHON) -m dev.prepare test
+	@end=$$(($$(date +%s) + $(MINUTES) * 60)); while [ $$(date +%s) -lt $$end ]; do \
+	  .venv/bin/python -m pytest -q -p tests.fuzzing -m hypothesis --maxfail 1 $(ARGS) || exit; done
 
 lint: ## ruff (lint and format) and mypy --strict
 	@$(PYTHON) -m dev.prepare lint

@@ -201,6 +201,12 @@ def check(environ: Mapping[str, str]) -> int:
             wrong(f"secret: shorter than {SHORTEST_SECRET} characters", "make one with: openssl rand -hex 32")
         else:
             fine(f"secret: {len(settings.keyring.secrets)} accepted")
+        own = ", ".join(f"{key}: {policy.name}" for key, policy in settings.policies.keys.items())
+        fine(f"policy: {settings.policies.default.name}, from {environ.get('DOCKER_RUNNER_POLICY') or 'no setting'}")
+        if own:
+            fine(f"policy: of named keys: {own}")
+        for key in settings.policies.keys.keys() - {owner for owner, _ in settings.keyring.secrets}:
+            wrong(f"policy: no secret has the name of [keys.{key}]", f"name a line {key}:SECRET in the file of secrets")
         file = environ.get("DOCKER_RUNNER_SHARED_SECRET_FILE")
         if file and Path(file).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             wrong(f"secret: {file} can be read by others", f"chmod 600 {shlex.quote(file)}")

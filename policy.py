@@ -7,7 +7,6 @@ hold requests against it are in `rules.py`.
 
 import ipaddress
 import json
-import math
 import posixpath
 import re
 import tomllib
@@ -157,10 +156,15 @@ class Images(_Section, frozen=True):
         """Whether an image may be used by this name. `name:*` stands for all its tags."""
         if _ID.fullmatch(reference):  # Of an image, or its beginning: then it names any that there is.
             return reference in self.allow and len(reference.removeprefix("sha256:")) == 64
-        name, version = completed(reference)
+        registry, name, version = completed(reference)
         for pattern in self.allow:
-            wanted, wanted_version = completed(pattern)
-            if _matches(name, wanted) and (not wanted_version or _matches(version or ":latest", wanted_version)):
+            # Apart: a `*` in the registry's name must not reach beyond it.
+            of_registry, of_name, of_version = completed(pattern)
+            if (
+                _matches(registry, of_registry)
+                and _matches(name, of_name)
+                and (not of_version or _matches(version or ":latest", of_version))
+            ):
                 return True
         return False
 
@@ -443,8 +447,9 @@ def parse(text: str) -> Policies:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
-        reason = f"line {found[2]}: not TOML: {found[1]}, at column {found[3]}" if found else f"not TOML: {error}"
+        found = re.fullmatch(r"(.*) \((?:at line (\d+), column \d+|at end of document)\)", str(error), re.DOTALL)
+        line = (found and found[2]) or text.count("\n") + 1
+        reason = f"line {line}: not TOML: {found[1] if found else error}"
         raise PolicyError(_plain(reason)) from error
     except (ValueError, RecursionError) as error:  # A number of too many digits, brackets in brackets without end.
         raise PolicyError(f"not TOML: {error}") from error
@@ -549,7 +554,7 @@ def _check(policy: Policy, place: tuple[str, ...]) -> None:
             wrong("container", "ports", f"{ports!r} is no port and no range")
     for limit in ("max_memory", "max_cpus", "max_pids"):
         value = getattr(rules, limit)
-        if value < 0 or not math.isfinite(value):
+        if value < 0 or value != value or value > _MOST:
             wrong("container", limit, "must be 0 (none) or more")
     for pattern in rules.namespaces:
         if not re.fullmatch(r"\*|(network|pid|ipc|uts|user|cgroup):.+", pattern):
@@ -560,6 +565,10 @@ def _check(policy: Policy, place: tuple[str, ...]) -> None:
                 ipaddress.ip_network(subnet)
         except ValueError:
             wrong("network", "subnets", f'{subnet!r} is no subnet, such as "10.0.0.0/8"')
+
+
+_MOST = 1 << 62
+"""More than any engine takes."""
 
 
 def _line_of(text: str, place: tuple[str, ...]) -> str:
@@ -584,8 +593,8 @@ def _keys(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in re.findall(r"\s*(\"[^\"]*\"|'[^']*'|[^.]+)\s*\.?", dotted))
 
 
-def completed(reference: str) -> tuple[str, str]:
-    """A reference as the engine completes it: `docker.io/library/busybox`, and `:tag` or `@digest` (or nothing).
+def completed(reference: str) -> tuple[str, str, str]:
+    """A reference as the engine completes it: `docker.io`, `library/busybox`, and `:tag` or `@digest` (or nothing).
 
     Source: the reference grammar of the distribution project.
     """
@@ -602,4 +611,4 @@ def completed(reference: str) -> tuple[str, str]:
         first = "docker.io"
     if first == "docker.io" and "/" not in rest:
         rest = f"library/{rest}"
-    return f"{first}/{rest}", version
+    return first, rest, version
