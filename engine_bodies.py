@@ -191,6 +191,10 @@ class NetworkingConfig(_Body):
 
 
 class ContainerCreate(_Body):
+    """`name` and `platform` belong into the query; some clients (dockerode) send them here, too."""
+
+    name: Any = None
+    platform: Any = None
     hostname: Any = None
     domainname: Any = None
     user: str | None = None
