@@ -1,6 +1,8 @@
 # Each target does its own set-up; on Debian python3, make and git are enough to begin with.
 
 PYTHON ?= python3
+# Processes that run tests side by side, each with an engine of its own where none answers. Most tests wait, not work.
+JOBS ?= 3
 
 MINUTES ?= 10
 
@@ -14,7 +16,7 @@ run: ## start the runner on 127.0.0.1:7071, with an engine of its own if none an
 
 test: ## all tests, on a real engine; ARGS goes to pytest: make test ARGS="-k auth"
 	@$(PYTHON) -m dev.prepare test
-	@exec .venv/bin/python -m pytest $(ARGS)
+	@exec .venv/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 fuzz: ## the property tests with many examples, again and again for MINUTES (10) or until one fails
 	@$(PYTHON) -m dev.prepare test
