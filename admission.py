@@ -8,12 +8,14 @@ read. A nonce goes back exactly when the answer says `retryable`, before that an
 import asyncio
 import base64
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from audit import Asked, Audit, current_request, shown
 from auth import STREAMING, Credentials, Headers, Verifier, read_credentials
 from bodies import NO_BODY, Body, Budget, SignedChunks, too_large
 from client import EMPTY_BODY_HASH
@@ -34,6 +36,14 @@ class Connection(Protocol):
     """The caller has gone."""
     response_started: bool
     """The head of the answer was given to the server."""
+    request_id: str
+    """The caller's `X-Request-Id`, or one made for it."""
+    local: str
+    """Who asks on the local socket, whose requests need no signature; empty for everyone else."""
+    status: int
+    """Of the answer; 0 while there is none."""
+    sent: int
+    """Bytes of the answer's body so far."""
 
     def abort(self) -> None:
         """Close the connection so that the caller cannot take what it has got for a complete answer."""
@@ -48,7 +58,18 @@ class Connection(Protocol):
 class Request:
     """A verified request: the only thing the layers behind this one look at."""
 
-    __slots__ = ("body", "connection", "give_back", "headers", "key", "method", "target")
+    __slots__ = (
+        "as_stream",
+        "asked",
+        "body",
+        "connection",
+        "give_back",
+        "headers",
+        "key",
+        "method",
+        "signed",
+        "target",
+    )
 
     def __init__(
         self,
@@ -59,6 +80,9 @@ class Request:
         key: str | None,
         connection: Connection,
         give_back: Callable[[], None],
+        as_stream: Callable[[], None],
+        *,
+        signed: bool,
     ) -> None:
         self.method = method
         self.target = target
@@ -68,19 +92,53 @@ class Request:
         self.connection = connection
         self.give_back = give_back
         """Release the nonce: for a retryable failure that is told after the answer has begun (a WebSocket's)."""
+        self.as_stream = as_stream
+        """Count it among the streams, because it may last; before its answer, for that may be `too_many_streams`."""
+        self.signed = signed
+        """False for the local socket's unsigned requests."""
+        self.asked: Asked | None = None
+        """What it asks for: said by the layer that knows, for the audit log."""
+
+
+class Places:
+    """So many at once: a bound on what is being served.
+
+    Args:
+        code: of the refusal of one more.
+        limit: how many.
+    """
+
+    def __init__(self, code: str, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._code = code
+
+    def take(self) -> None:
+        """Take a place; `taken` is lowered to give it back.
+
+        Raises:
+            RunnerError: there is none.
+        """
+        if self.taken >= self.limit:
+            raise RunnerError(self._code, f"{self.limit} are being served at once, and no more; try again soon")
+        self.taken += 1
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Bounds on request bodies, in bytes and seconds."""
+    """Bounds on request bodies, in bytes and seconds, and on how many requests and streams are served at once."""
 
     max_body: int
     max_upload: int
     max_unverified: int
     body_timeout_s: float
+    max_requests: int
+    max_streams: int
 
 
 class Authentication:
     """The outermost ASGI layer: lets nothing unverified through, and answers every `RunnerError` from further in.
+
+    How much is served at once is counted here too, of verified requests only, so that strangers take no places.
 
     Behind it `scope["docker_runner.request"]` is the verified `Request`; its body has been read already, so `receive`
     has nothing more to give. A caller that goes away has its request's task cancelled, wherever that is.
@@ -88,16 +146,30 @@ class Authentication:
     Args:
         app: what is protected.
         verifier: who decides.
-        limits: bounds on bodies.
+        limits: bounds on bodies, and on what is served at once.
+        audit: told of each request's end.
         path_prefix: a prefix that a proxy in front puts before every target; taken off before anything else.
+        local_key: the name under which unsigned requests of the local socket are served.
     """
 
-    def __init__(self, app: ASGIApp, verifier: Verifier, limits: Limits, path_prefix: bytes = b"") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        verifier: Verifier,
+        limits: Limits,
+        audit: Audit,
+        path_prefix: bytes = b"",
+        local_key: str | None = None,
+    ) -> None:
         self._app = app
         self._verifier = verifier
         self._limits = limits
+        self._audit = audit
         self._path_prefix = path_prefix
+        self._local_key = local_key
         self._unverified = Budget(limits.max_unverified)
+        self._requests = Places("too_many_requests", limits.max_requests)
+        self._streams = Places("too_many_streams", limits.max_streams)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request or WebSocket; lifespan passes through."""
@@ -110,11 +182,15 @@ class Authentication:
         if connection.disconnected:
             return  # Refused by the server before this task began.
         connection.on_disconnect(task.cancel)
+        current_request.set(connection.request_id)
+        started = time.perf_counter()
         admission = _Admission(self, scope, receive, connection)
+        told: RunnerError | None = None
         try:
             await admission.admit()
             await self._app(scope, receive, send)
         except RunnerError as error:
+            told = error
             if connection.response_started:
                 log.error("%s after the answer had begun: %s", error.code, error.message)
                 connection.abort()
@@ -128,15 +204,31 @@ class Authentication:
                 connection.abort()
                 return
             reason = "the runner ended before the answer; the request may have happened"
-            await _answer(scope, send, RunnerError("shutting_down", reason, retryable=False))
+            told = RunnerError("shutting_down", reason, retryable=False)
+            await _answer(scope, send, told)
         except Exception:
             log.exception("a defect while serving %s", scope.get("method", "WebSocket"))
+            told = RunnerError("internal_error", "a defect of the runner; its log says more")
             if connection.response_started:
                 connection.abort()
             else:
-                await _answer(scope, send, RunnerError("internal_error", "a defect of the runner; its log says more"))
+                await _answer(scope, send, told)
         finally:
             admission.close()
+            if told is not None or admission.changes:
+                self._audit.record(
+                    request_id=connection.request_id,
+                    client=connection.local or address(scope["client"]),
+                    method=scope.get("method", "GET"),
+                    target=connection.target,
+                    asked=admission.asked,
+                    admitted=admission.admitted,
+                    error=told,
+                    status=connection.status,
+                    sent=connection.sent,
+                    took_s=time.perf_counter() - started,
+                    key=admission.key,
+                )
 
 
 class _Admission:
@@ -146,13 +238,19 @@ class _Admission:
         self._verifier = layer._verifier
         self._limits = layer._limits
         self._budget = layer._unverified
+        self._requests = layer._requests
+        self._streams = layer._streams
+        self._local_key = layer._local_key
         self._scope = scope
         self._receive = receive
         self._connection = connection
         self._reserved = 0
         self._nonce: bytes | None = None
         self._body: Body | SignedChunks = NO_BODY
+        self._place: Places | None = None
+        self._request: Request | None = None
         self.admitted = False
+        self.key: str | None = None
         target = connection.target
         self._target = target[len(layer._path_prefix) :] if target.startswith(layer._path_prefix + b"/") else target
 
@@ -165,16 +263,48 @@ class _Admission:
         scope = self._scope
         method: bytes = scope.get("method", "GET").encode()
         headers: Headers = scope["headers"]
-        key = None
         unsigned = method in (b"GET", b"HEAD") and self._target.partition(b"?")[0] in UNSIGNED_PATHS
+        signed = True
         if not (unsigned and scope["type"] == "http"):
-            key = await self._verify(method, headers)
+            if self._connection.local and not any(name.startswith(b"x-dr-") for name, _ in headers):
+                signed = False
+                await self._trust(headers)
+            else:
+                await self._verify(method, headers)
         self.admitted = True
-        scope["docker_runner.request"] = Request(
-            method, self._target, headers, self._body, key, self._connection, self._release
+        self._request = scope["docker_runner.request"] = Request(
+            method,
+            self._target,
+            headers,
+            self._body,
+            self.key,
+            self._connection,
+            self._release,
+            lambda: self._enter(self._streams),
+            signed=signed,
         )
 
-    async def _verify(self, method: bytes, headers: Headers) -> str | None:
+    @property
+    def asked(self) -> Asked | None:
+        """What the request asks for, if it came so far that this is known."""
+        return None if self._request is None else self._request.asked
+
+    @property
+    def changes(self) -> bool:
+        """It was to change something."""
+        return self.asked is not None and self.asked.changes
+
+    async def _trust(self, headers: Headers) -> None:
+        """Take an unsigned request of the local socket."""
+        self._enter(self._requests)
+        self.key = self._local_key
+        has_body, length = _announced_body(headers)
+        if length > self._limits.max_upload:
+            raise too_large(self._limits.max_upload)
+        if has_body and self._scope["type"] == "http":
+            await self._gather(self._limits.max_upload, None)
+
+    async def _verify(self, method: bytes, headers: Headers) -> None:
         credentials = read_credentials(headers)
         self._verifier.check_time(credentials)
         has_body, length = _announced_body(headers) if self._scope["type"] == "http" else (False, 0)
@@ -184,9 +314,11 @@ class _Admission:
             raise too_large(limit)
         if announced is not None:
             self._nonce, secret = self._verifier.verify(credentials, method, self._target, announced)
+            self.key = credentials.key
+            self._enter(self._requests)
             if announced == STREAMING:
                 await self._begin_chunks(secret, credentials)
-                return credentials.key
+                return
         if not has_body:
             actual = EMPTY_BODY_HASH
         else:
@@ -194,11 +326,20 @@ class _Admission:
             actual = await self._gather(limit, deadline_s)
         if announced is None:
             self._nonce, _ = self._verifier.verify(credentials, method, self._target, actual.encode())
+            self.key = credentials.key
             self._budget.give(self._reserved)
             self._reserved = 0
+            self._enter(self._requests)
         elif actual.encode() != announced and self._scope["type"] == "http":
             raise RunnerError("body_hash_mismatch", "the body is not the one that X-DR-Content-SHA256 announced")
-        return credentials.key
+
+    def _enter(self, places: Places) -> None:
+        """Take a place among these, and give back the one that was held."""
+        if self._place is not places:
+            places.take()
+            if self._place is not None:
+                self._place.taken -= 1
+            self._place = places
 
     async def _gather(self, limit: int, deadline_s: float | None) -> str:
         """Read the body; `deadline_s` bounds the whole of one that is still unverified. Returns its BODYHASH."""
@@ -256,11 +397,14 @@ class _Admission:
         if error.retryable:
             self._release()
         path = self._target.partition(b"?")[0][:200].decode("latin-1")
-        caller = self._scope["client"]
+        caller = self._connection.local or address(self._scope["client"])
         log.info("%s %r from %s: %s: %r", self._scope.get("method", "WS"), path, caller, error.code, error.message)
 
     def close(self) -> None:
         """Give back everything but the nonce."""
+        if self._place is not None:
+            self._place.taken -= 1
+            self._place = None
         self._budget.give(self._reserved)
         self._reserved = 0
         if self._body is not NO_BODY:
@@ -284,6 +428,14 @@ def _announced_body(headers: Headers) -> tuple[bool, int]:
         elif name == b"transfer-encoding":
             return True, 0
     return has_body, length
+
+
+def address(client: tuple[str, int] | None) -> str:
+    """A caller's address as text. A proxy in front does not tell the port."""
+    if client is None:
+        return ""
+    host, port = shown(client[0]), client[1]  # A proxy in front may say anything.
+    return (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
 
 
 async def _answer(scope: Scope, send: Send, error: RunnerError, *, last: bool = False) -> None:

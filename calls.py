@@ -64,12 +64,14 @@ class Operation(msgspec.Struct, frozen=True):
         thing: what a 404 of the engine means.
         conflict: the code of a 409.
         clean: a failure of the engine's making leaves nothing behind, so the same request may be repeated.
+        stands_for: the operations by which it changes something, for the audit log.
     """
 
     fallback: str
     thing: Thing = Thing.CONTAINER
     conflict: str = "conflict"
     clean: bool = False
+    stands_for: tuple[str, ...] = ()
 
 
 class Calls:

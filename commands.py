@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import admission
+import audit
+import local_socket
 from auth import Keyring
 from client import __version__
 from client import sign as signed_headers
 from curl import UsageError, signed_arguments
-from settings import Settings, SettingsError, read_engine_socket, read_keyring, read_policies, read_settings
+from settings import Settings, SettingsError, read_engine_socket, read_keyring, read_policies, read_settings, read_tls
 
 if TYPE_CHECKING:
     from runner import App
@@ -43,11 +46,17 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
     Raises:
         SettingsError: a variable is missing or wrong.
     """
-    from server import create_server, listen  # Late: the other commands start without it.
+    # Late: the other commands start without it.
+    from protocols import Refusal
+    from server import BACKLOG, create_server, listen
 
     settings = read_settings(environ)
     level = _LEVELS[settings.log_level]
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s", stream=sys.stderr
+    )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_name_request)
     for chatty in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
     try:
@@ -56,6 +65,14 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
         where = f"{settings.host}:{settings.port}"
         reason = error.strerror or str(error)
         raise SettingsError(f"DOCKER_RUNNER_HOST, DOCKER_RUNNER_PORT: cannot listen on {where}: {reason}") from error
+    local = None
+    if settings.local_socket:
+        try:
+            local = local_socket.listen(settings.local_socket, BACKLOG)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SettingsError(f"DOCKER_RUNNER_LOCAL_SOCKET: {settings.local_socket}: {reason}") from error
+        local_identity = local_socket.identify(settings.local_socket)
     _warn_of_short_secrets(settings.keyring)
     _allow_many_files()
     app = create_app(settings)
@@ -74,14 +91,37 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
             log.error("kept the old policy: %s", error)
         else:
             log.info("read the policy again: %s", app.policies.default.name)
+        if server.tls is not None:
+            try:
+                server.tls = read_tls(environ)
+            except SettingsError as error:
+                log.error("kept the old certificate: %s", error)
+            else:
+                log.info("read the certificate again")
 
     def started() -> None:
         for sock in sockets:
             host, port = sock.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            log.info(
-                "docker-runner %s listens on http://%s, engine at %s", __version__, address, settings.engine_socket
-            )
+            scheme = "http" if settings.tls is None else "https"
+            engine = settings.engine_socket
+            log.info("docker-runner %s listens on %s://%s, engine at %s", __version__, scheme, address, engine)
+        if settings.local_socket:
+            log.info("unsigned requests are taken at %s", settings.local_socket)
+
+    def refused(refusal: Refusal) -> None:
+        client = refusal.local or admission.address(refusal.client)
+        error = refusal.error
+        log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request": f"[{refusal.id}] "})
+        app.audit.record(
+            request_id=refusal.id,
+            client=client,
+            method=refusal.method,
+            target=refusal.target,
+            admitted=False,
+            error=error,
+            status=error.status,
+        )
 
     server = create_server(
         app,
@@ -89,12 +129,27 @@ def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -
         keep_alive_s=settings.keep_alive_s,
         grace_s=settings.grace_s,
         max_connections=settings.max_connections,
+        tls=settings.tls,
+        local=local,
+        on_refused=refused,
         trusted_proxies=settings.trusted_proxies,
         on_reload=reload,
         on_started=started,
     )
-    server.run(sockets)
+    try:
+        server.run(sockets)
+    finally:
+        if settings.local_socket:
+            local_socket.remove(settings.local_socket, local_identity)
     return 0
+
+
+def _name_request(record: logging.LogRecord) -> bool:
+    """Every line about a request bears its id."""
+    if not hasattr(record, "request"):
+        current = audit.current_request.get()
+        record.request = f"[{current}] " if current else ""
+    return True
 
 
 def _warn_of_short_secrets(keyring: Keyring) -> None:

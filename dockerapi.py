@@ -465,6 +465,11 @@ class _Connection(asyncio.Protocol):
             )
         elif status not in (204, 304):
             names = {name.lower() for name, _ in self._headers}
+            if any(
+                name.lower() == b"transfer-encoding" and value.strip().lower() != b"chunked"
+                for name, value in self._headers
+            ):
+                raise ValueError("the engine sent a transfer coding that nobody asked for")
             self._until_eof = b"content-length" not in names and b"transfer-encoding" not in names
 
     def on_body(self, body: bytes) -> None:

@@ -49,6 +49,9 @@ CODES: Mapping[str, Code] = {
     "nonce_store_full": Code(503, True, "As many nonces as `DOCKER_RUNNER_MAX_NONCES` are held; none is forgotten."),
     "unverified_bodies_full": Code(503, True, "Bodies not yet verified reached `DOCKER_RUNNER_MAX_UNVERIFIED`."),
     "spool_failed": Code(503, True, "A long body could not be kept in a temporary file (disk full?)."),
+    # How much is served at once.
+    "too_many_requests": Code(429, True, "As many requests as `DOCKER_RUNNER_MAX_REQUESTS` are being served."),
+    "too_many_streams": Code(429, True, "As many streams as `DOCKER_RUNNER_MAX_STREAMS` are open."),
     # Choosing the operation.
     "invalid_path": Code(400, False, "The path holds a dot segment, an encoded slash, or a byte that no name has."),
     "not_found": Code(404, False, "No such route, or not among the curated operations."),

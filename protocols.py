@@ -21,8 +21,8 @@ import socket
 import struct
 import time
 from asyncio import TimerHandle
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
 # Before uvicorn imports websockets, which stops at 8 KiB a line, and then hangs. No line is as long as a whole head.
@@ -59,7 +59,36 @@ MOST_FEED = 256 * 1024
 _ONE_WRITE = 16 * 1024
 _WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~:@+/=-]{1,128}")
+_LENGTH = re.compile(rb"[0-9]+")
+
 Callback = Callable[[], object]
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Refusal(NamedTuple):
+    """What was refused before it became a request of the application: for the audit log."""
+
+    id: str
+    client: tuple[str, int] | None
+    local: str
+    method: str
+    target: bytes
+    error: RunnerError
+
+
+def _request_id(headers: Headers | None) -> str:
+    """The caller's `X-Request-Id`, if it sent exactly one that is well-formed, else a new one."""
+    given = [value for name, value in headers or () if name == b"x-request-id"]
+    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else os.urandom(8).hex()
+
+
+def _peer(transport: asyncio.BaseTransport) -> str:
+    """Who is at the other end of a Unix socket, as the kernel says."""
+    pid, uid, _ = struct.unpack(
+        "3i", transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    )
+    return f"unix:uid={uid},pid={pid}"
 
 
 def _abort(transport: asyncio.Transport) -> None:
@@ -112,10 +141,14 @@ class _Caller:
 class Cycle(_Caller, RequestResponseCycle):
     """One HTTP request and its answer; it is the `admission.Connection` of its request."""
 
-    def __init__(self, target: bytes, end: Callback, **uvicorns: Any) -> None:
+    def __init__(self, target: bytes, request_id: str, local: str, end: Callback, **uvicorns: Any) -> None:
         _Caller.__init__(self)
         RequestResponseCycle.__init__(self, **uvicorns)
         self.target = target
+        self.request_id = request_id
+        self.local = local
+        self.status = 0
+        self.sent = 0
         self._end = end
         self._head: bytes | None = None
         self._is_head_request = self.scope["method"] == "HEAD"
@@ -160,15 +193,21 @@ class Cycle(_Caller, RequestResponseCycle):
     def _render_head(self, status: int, headers: Any) -> bytes:
         if self.more_body:
             self.keep_alive = False  # What remains of the request's body is not read.
-        lines = [STATUS_LINE[status]]
+        self.status = status
+        lines = [STATUS_LINE[status], b"x-request-id: %b\r\n" % self.request_id.encode()]
         for name, value in headers:
             if b"\n" in value or b"\r" in value or b"\0" in value:
                 raise RuntimeError("a header's value holds a line break")
-            if name.lower() == b"content-length":
+            lower = name.lower()
+            if lower == b"content-length":
+                if status == 204:
+                    continue  # RFC 9110, 8.6: not with this status.
                 self.expected_content_length = int(value)
                 self.chunked_encoding = False
-            if name.lower() == b"connection":
+            elif lower == b"connection":
                 self.keep_alive = False  # The application says `close`; it is written below.
+                continue
+            elif lower == b"x-request-id":
                 continue
             lines.append(b"%b: %b\r\n" % (name, value))
         if not self.keep_alive:
@@ -192,6 +231,7 @@ class Cycle(_Caller, RequestResponseCycle):
         self._head = None
 
     def _send_body(self, body: bytes, *, last: bool) -> None:
+        self.sent += len(body)
         parts = [] if self._head is None else [self._head]
         self._head = None
         if self._is_head_request:
@@ -224,10 +264,14 @@ class Cycle(_Caller, RequestResponseCycle):
 class WebSocket(_Caller, WebSocketsSansIOProtocol):
     """One WebSocket; it is the `admission.Connection` of its upgrade request."""
 
-    def __init__(self, target: bytes, **uvicorns: Any) -> None:
+    def __init__(self, target: bytes, request_id: str, local: str, **uvicorns: Any) -> None:
         _Caller.__init__(self)
         WebSocketsSansIOProtocol.__init__(self, **uvicorns)
         self.target = target
+        self.request_id = request_id
+        self.local = local
+        self.status = 0
+        self.sent = 0
         self._unfed = b""
         self._feed_size = LEAST_FEED
 
@@ -290,6 +334,17 @@ class WebSocket(_Caller, WebSocketsSansIOProtocol):
             self._pause()
         return message
 
+    async def send(self, message: Any) -> None:
+        """ASGI. The answer to the upgrade carries the request's id."""
+        kind = message["type"]
+        if kind == "websocket.send":
+            self.sent += len(message.get("bytes") or message.get("text") or b"")
+        elif kind in ("websocket.accept", "websocket.http.response.start"):
+            self.status = message.get("status", 101)
+            identified = (b"x-request-id", self.request_id.encode())
+            message = {**message, "headers": [*message.get("headers", ()), identified]}
+        await super().send(message)
+
     def handle_ping(self) -> None:
         """uvicorn. Of a caller that does not read, no pongs are kept (RFC 6455 wants one for the latest ping only)."""
         pong = b"".join(self.conn.data_to_send())
@@ -329,14 +384,27 @@ class HttpProtocol(HttpToolsProtocol):
     Args:
         head_timeout_s: for a request's head, from its first byte.
         max_connections: of all callers together; one more is refused.
+        on_refused: told of each refusal that is answered here.
+        is_local: it came on the local socket, where requests need no signature.
         uvicorns: what uvicorn gives its protocols.
     """
 
     cycle: Cycle
 
-    def __init__(self, head_timeout_s: float, max_connections: int, **uvicorns: Any) -> None:
+    def __init__(
+        self,
+        head_timeout_s: float,
+        max_connections: int,
+        on_refused: Callable[[Refusal], object],
+        *,
+        is_local: bool = False,
+        **uvicorns: Any,
+    ) -> None:
         super().__init__(**uvicorns)
         self._max_connections = max_connections
+        self._on_refused = on_refused
+        self._is_local = is_local
+        self._local = ""
         self.parser = httptools.HttpRequestParser(self)  # Without the leniencies that uvicorn sets.
         self._head_timeout_s = head_timeout_s
         self._head_timer: TimerHandle | None = None
@@ -352,6 +420,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol."""
         super().connection_made(cast(asyncio.Transport, transport))
+        if self._is_local:
+            self._local = _peer(transport)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if len(self.connections) > self._max_connections:
             self._refuse(RunnerError("too_many_connections", "too many connections are open; try again soon"))
@@ -432,6 +502,7 @@ class HttpProtocol(HttpToolsProtocol):
         version = scope["http_version"] = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             raise self._violates("bad_request", "HTTP/1.1 is spoken here")
+        self._check_framing(version)
         if self.parser.should_upgrade() and self._should_upgrade():
             return
         raw_path, _, query = self.url.partition(b"?")
@@ -440,6 +511,8 @@ class HttpProtocol(HttpToolsProtocol):
         scope["query_string"] = query
         self.cycle = scope["docker_runner"] = Cycle(
             self.url,
+            _request_id(self.headers),
+            self._local,
             self._end,
             scope=self.scope,
             transport=self.transport,
@@ -454,6 +527,21 @@ class HttpProtocol(HttpToolsProtocol):
             on_response=self.on_response_complete,
         )
         self._start_asgi_task(self.cycle, self.app)
+
+    def _check_framing(self, version: str) -> None:
+        """What the parser lets pass, and two readers of the same bytes could take for different requests."""
+        hosts = codings = 0
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"transfer-encoding":
+                codings += 1
+                if value != b"chunked" or codings > 1 or version == "1.0":
+                    raise self._violates("bad_request", "the only transfer coding is `chunked`, of HTTP/1.1")
+            elif name == b"content-length" and not _LENGTH.fullmatch(value):
+                raise self._violates("bad_request", "Content-Length must be decimal digits")
+        if hosts > 1 or (not hosts and version == "1.1"):
+            raise self._violates("bad_request", "one Host header is needed, and no more")
 
     def on_body(self, body: bytes) -> None:
         """httptools."""
@@ -503,7 +591,11 @@ class HttpProtocol(HttpToolsProtocol):
     def _upgrade(self, rest: bytes) -> None:
         """The parser has stopped at a head that asks for an upgrade; `rest` came after it."""
         if self._should_upgrade():
-            self.ws_protocol_class = cast(Any, functools.partial(WebSocket, self.url))
+            if rest:
+                raise self._violates("pipelining_refused", "bytes came before the upgrade was answered")
+            self.ws_protocol_class = cast(
+                Any, functools.partial(WebSocket, self.url, _request_id(self.headers), self._local)
+            )
             self.handle_websocket_upgrade()
             return
         self.cycle.keep_alive = False
@@ -536,22 +628,35 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, error: RunnerError) -> None:
         """End the connection because of what came on it, telling why if nothing of another answer was given."""
         self._stop_head_timer()
+        request_id = _request_id(self.headers)
         if self.cycle is not None and not self.cycle.response_complete:
+            request_id = self.cycle.request_id
             self.cycle.leave()
             if self.cycle.response_started:
                 self.cycle.abort()
                 return
         status, headers, body = error.response()
+        headers.append((b"x-request-id", request_id.encode()))
         fields = b"".join(b"%b: %b\r\n" % field for field in headers)
         self.transport.write(b"%bconnection: close\r\n%b\r\n%b" % (STATUS_LINE[status], fields, body))
         self._linger()
+        method = self.scope.get("method", "") if self.scope is not None else ""
+        target = self.url if self.scope is not None else b""
+        self._on_refused(Refusal(request_id, self.client, self._local, method, target, error))
 
     def _linger(self) -> None:
         """Close, but read on for a while, so that a caller that is still sending gets to read the answer."""
         self._linger_left = LINGER_BYTES
-        if self.transport.can_write_eof():
+        can_half_close = self.transport.can_write_eof()
+        if can_half_close:
             self.transport.write_eof()
         self.flow.resume_reading()
+        end = self.transport.abort if can_half_close else self._say_end
+        self._head_timer = self.loop.call_later(LINGER_S, end)
+
+    def _say_end(self) -> None:
+        """TLS has no half-close: its end can be told only when nothing more is read."""
+        self.transport.close()
         self._head_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
     def _end(self) -> None:

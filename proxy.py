@@ -7,6 +7,8 @@ connection is aborted: it never looks complete. Where the engine hands its conne
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
 
@@ -14,6 +16,7 @@ import operations
 import rules
 import upgrades
 from admission import Connection, Request
+from audit import Asked
 from bodies import NO_BODY, too_large
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
@@ -25,6 +28,20 @@ from streams import LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
+_READING = ("GET", "HEAD")
+# What may last for as long as nothing happens, and the parameter, if any, that says whether it does, with its default.
+_LASTING = {
+    "SystemEvents": None,
+    "ContainerLogs": ("follow", ""),
+    "ContainerStats": ("stream", "1"),
+    "ContainerWait": None,
+    "ContainerAttach": None,
+    "ExecStart": None,
+    "Session": None,
+    "Grpc": None,
+}
+_FALSE = ("", "0", "no", "false", "none")
+_NAMED_IN_QUERY = {"ContainerCreate": "name", "ImageCreate": "fromImage", "ImageBuild": "t"}
 
 
 class EngineFace:
@@ -63,11 +80,16 @@ class EngineFace:
         connection = request.connection
         upgraded = scope["type"] == "websocket"
         operation = operations.decide(b"POST" if upgraded else request.method, request.target)
+        request.asked = Asked(
+            operation.id, operation.method not in _READING, partial(_named, operation, request.target)
+        )
         policy = self._policies().of(request.key)
         whole = await _read_whole(request) if rules.needs_body(policy, operation) else None
         rules.check(
             policy, operation, request.target, request.headers, whole or b"", has_body=request.body is not NO_BODY
         )
+        if _lasts(operation, request.target):
+            request.as_stream()
         label = policy.scope.label
         async with self._scopes.turn(operation, label):
             asked = Narrowed(request.target, whole)
@@ -114,6 +136,26 @@ class EngineFace:
             buffer_limit=self._event_buffer if operation.kind is Kind.EVENTS else None,
             on_overflow=connection.abort,
         )
+
+
+def _lasts(operation: Operation, target: bytes) -> bool:
+    """Whether this is a stream that may last, or a request with an end of its own."""
+    if operation.id not in _LASTING:
+        return False
+    parameter = _LASTING[operation.id]
+    return parameter is None or _in_query(target, *parameter).lower() not in _FALSE
+
+
+def _named(operation: Operation, target: bytes) -> str:
+    """The object of an operation: what its path names, or its query."""
+    if "{" in operation.template:
+        return operations.parameter(operation, target)
+    return _in_query(target, _NAMED_IN_QUERY.get(operation.id, ""), "")
+
+
+def _in_query(target: bytes, name: str, default: str) -> str:
+    found = parse_qs(target.partition(b"?")[2].decode("latin-1"), keep_blank_values=True).get(name)
+    return found[0].strip() if found else default
 
 
 async def _reveal(response: EngineResponse, asked: Narrowed, send: Send) -> None:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import commands
 from admission import Authentication, Limits
+from audit import Audit
 from auth import Verifier, wall_clock_ms
 from client import __version__
 from dockerapi import Engine
@@ -70,8 +71,18 @@ class App:
             max_upload=settings.max_upload,
             max_unverified=settings.max_unverified,
             body_timeout_s=settings.body_timeout_s,
+            max_requests=settings.max_requests,
+            max_streams=settings.max_streams,
         )
-        self._protected: ASGIApp = Authentication(self._route, self.verifier, limits, settings.path_prefix.encode())
+        self.audit = Audit(settings.audit or ("text" if sys.stdout.isatty() else "json"))
+        self._protected: ASGIApp = Authentication(
+            self._route,
+            self.verifier,
+            limits,
+            self.audit,
+            settings.path_prefix.encode(),
+            settings.local_key or None,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -153,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "serve",
         "run the service",
-        "Serve until SIGTERM. SIGHUP reads DOCKER_RUNNER_SHARED_SECRET_FILE again; SIGTERM drains: running requests\n"
+        "Serve until SIGTERM. SIGHUP reads secrets, policy and certificates again; SIGTERM drains: running requests\n"
         "get DOCKER_RUNNER_GRACE_MS, streams are ended, then the exit status is 0.",
         "DOCKER_RUNNER_SHARED_SECRET_FILE=/run/secrets/runner docker-runner serve",
     )

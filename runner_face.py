@@ -5,8 +5,9 @@ Requests are decoded once, strictly: nothing is coerced, and an error names the 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs, parse_qsl
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -21,6 +22,7 @@ from starlette.websockets import WebSocket
 
 import execs
 from admission import Request as Verified
+from audit import Asked
 from calls import Calls, Operation
 from dockerapi import Engine
 from errors import RunnerError
@@ -85,6 +87,17 @@ def decoded_query(target: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct
         return msgspec.convert(given, struct)
     except msgspec.ValidationError as error:
         raise RunnerError("validation_error", str(error)) from error
+
+
+def _named(asked: msgspec.Struct) -> str:
+    """The object of a request, for the audit log."""
+    names = ("container_id", "exec_id", "volume_name", "name", "image")
+    return next((value for name in names if isinstance(value := getattr(asked, name, None), str)), "")
+
+
+def _in_query(target: bytes, name: str) -> str:
+    found = parse_qs(target.partition(b"?")[2].decode("latin-1")).get(name)
+    return found[0] if found else ""
 
 
 # The interactive exec.
@@ -188,13 +201,16 @@ def create_runner_face(
         return Calls(engine, operation, tasks, policies().of(_verified(scope).key), scopes, options.head_s)
 
     def endpoint(
-        method: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation
+        method: str, path: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation
     ) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
+            verified = _verified(request.scope)
+            verified.asked = Asked(f"{method} {path}", bool(operation.stands_for), str, operation.stands_for)
             if method == "POST":
                 asked = await _decoded_body(request, struct)
             else:
-                asked = decoded_query(_verified(request.scope).target, struct)
+                asked = decoded_query(verified.target, struct)
+            verified.asked = verified.asked._replace(named=partial(_named, asked))
             return await handler(calls(operation, request.scope), asked, request, options)
 
         return serve
@@ -207,6 +223,10 @@ def create_runner_face(
         return Response(b'{"status":"ready"}', media_type=JSON)
 
     async def interactive(socket: WebSocket) -> None:
+        verified = _verified(socket.scope)
+        in_query = partial(_in_query, verified.target, "containerId")
+        verified.asked = Asked(f"GET {INTERACTIVE}", changes=True, named=in_query, stands_for=EXEC.stands_for)
+        verified.as_stream()
         await _interactive(socket, calls(EXEC, socket.scope))
 
     routes = [
@@ -214,7 +234,7 @@ def create_runner_face(
         Route("/v1/ready", ready),
         WebSocketRoute(INTERACTIVE, interactive),
         *(
-            Route(path, endpoint(method, struct, handler, operation), methods=[method])
+            Route(path, endpoint(method, path, struct, handler, operation), methods=[method])
             for method, path, struct, handler, operation in ROUTES
         ),
     ]

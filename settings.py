@@ -6,17 +6,21 @@ A wrong value is an error that names its variable; nothing falls back silently.
 import ipaddress
 import os
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+import audit
 from auth import Keyring
 from policy import PRESETS, Policies, PolicyError
 from policy import parse as parse_policy
 
 MIB = 1024 * 1024
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's address."""
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error", "fatal")
 
 
@@ -41,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     head_timeout_s: float
     keep_alive_s: float
     max_connections: int
+    max_requests: int
+    max_streams: int
     grace_s: float
     engine_connections: int
     engine_queue_s: float
@@ -51,6 +57,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_output: int
     sse_keep_alive_s: float
     policies: Policies
+    audit: str
+    tls: ssl.SSLContext | None
+    local_socket: str
+    local_key: str
     trusted_proxies: tuple[str, ...]
     path_prefix: str
 
@@ -86,6 +96,20 @@ def _level(text: str) -> str:
 def _prefix(text: str) -> str:
     if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
         raise ValueError("must be a path such as /runner, without a slash at its end")
+    return text
+
+
+def _form(text: str) -> str:
+    if text and text not in audit.FORMS:
+        raise ValueError(f"must be one of {' '.join(audit.FORMS)}")
+    return text
+
+
+def _socket_path(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("must be an absolute path")
+    if len(os.fsencode(text)) > MAX_SOCKET_PATH:
+        raise ValueError(f"must be no longer than the {MAX_SOCKET_PATH} bytes of a Unix socket's address")
     return text
 
 
@@ -127,6 +151,15 @@ VARIABLES: Mapping[str, Variable] = {
     "DOCKER_RUNNER_MAX_CONNECTIONS": Variable(
         "4096", _integer(1, 1_000_000), "max_connections", "Connections of callers at once; one more gets 503."
     ),
+    "DOCKER_RUNNER_MAX_REQUESTS": Variable(
+        "1024", _integer(1, 1_000_000), "max_requests", "Verified requests at once, streams apart; one more gets 429."
+    ),
+    "DOCKER_RUNNER_MAX_STREAMS": Variable(
+        "960",
+        _integer(1, 1_000_000),
+        "max_streams",
+        "What may last, at once (events, followed logs, stats, wait, attach, exec, WebSockets); one more gets 429.",
+    ),
     "DOCKER_RUNNER_GRACE_MS": Variable(
         "10000", _seconds(0, 3_600_000), "grace_s", "Time for running requests after SIGTERM, in ms."
     ),
@@ -160,6 +193,18 @@ VARIABLES: Mapping[str, Variable] = {
     "DOCKER_RUNNER_SSE_KEEP_ALIVE_MS": Variable(
         "15000", _seconds(100, 3_600_000), "sse_keep_alive_s", "A quiet SSE stream carries a comment this often, in ms."
     ),
+    "DOCKER_RUNNER_AUDIT": Variable(
+        "", _form, "audit", "Audit log on stdout: `json`, `text` or `off`. If absent `text` on a terminal, else `json`."
+    ),
+    "DOCKER_RUNNER_LOCAL_SOCKET": Variable(
+        "",
+        lambda text: text and _socket_path(text),
+        "local_socket",
+        "Path of a Unix socket (made with mode 0600) that takes unsigned requests too.",
+    ),
+    "DOCKER_RUNNER_LOCAL_KEY": Variable(
+        "", str, "local_key", "Key of the policy file whose policy holds for these; if absent, the unnamed one."
+    ),
     "DOCKER_RUNNER_TRUSTED_PROXIES": Variable(
         "", _addresses, "trusted_proxies", "Addresses whose `X-Forwarded-For` is believed, comma-separated."
     ),
@@ -175,6 +220,9 @@ KEY_VARIABLES: Mapping[str, str] = {
     "DOCKER_RUNNER_POLICY": (
         "`workloads` (if absent), `read-only`, `everything`, or the path of a policy file; read again on SIGHUP."
     ),
+    "DOCKER_RUNNER_TLS_CERT": "Certificate (PEM), with its chain: HTTPS is served. TLS files are read again on SIGHUP.",
+    "DOCKER_RUNNER_TLS_KEY": "Its key, if it is not in the same file.",
+    "DOCKER_RUNNER_TLS_CLIENT_CA": "Authorities (PEM): callers must show a certificate by one of them.",
     "DOCKER_SOCKET": "The engine's socket; else `DOCKER_RUNNER_SOCKET`, else `DOCKER_HOST` if `unix://`.",
     "DOCKER_RUNNER_SOCKET": "See `DOCKER_SOCKET`.",
     "DOCKER_HOST": "See `DOCKER_SOCKET`; anything but `unix://` is passed over.",
@@ -207,12 +255,62 @@ def read_keyring(environ: Mapping[str, str]) -> Keyring:
         raise SettingsError(f"DOCKER_RUNNER_SHARED_SECRET_FILE: {file} {error}") from error
 
 
+def read_tls(environ: Mapping[str, str]) -> ssl.SSLContext | None:
+    """What HTTPS is served with; None for plain HTTP.
+
+    Raises:
+        SettingsError: a file cannot be read, or is not what it should be.
+    """
+    certificate, key, authorities = (
+        environ.get(f"DOCKER_RUNNER_TLS_{name}") or None for name in ("CERT", "KEY", "CLIENT_CA")
+    )
+    if certificate is None:
+        for name, value in (("DOCKER_RUNNER_TLS_KEY", key), ("DOCKER_RUNNER_TLS_CLIENT_CA", authorities)):
+            if value is not None:
+                raise SettingsError(f"{name}: goes with DOCKER_RUNNER_TLS_CERT")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    for name, path in (
+        ("DOCKER_RUNNER_TLS_CERT", certificate),
+        ("DOCKER_RUNNER_TLS_KEY", key),
+        ("DOCKER_RUNNER_TLS_CLIENT_CA", authorities),
+    ):
+        try:
+            if path is not None:
+                Path(path).read_bytes()
+        except OSError as error:
+            raise SettingsError(f"{name}: cannot read {path}: {error.strerror}") from error
+    try:
+        context.load_cert_chain(certificate, key, password="")  # Never ask for one.
+    except ssl.SSLError as error:
+        name = "DOCKER_RUNNER_TLS_CERT" if key is None else "DOCKER_RUNNER_TLS_CERT, DOCKER_RUNNER_TLS_KEY"
+        reason = error.reason or "not a certificate and its unencrypted key, in PEM"
+        raise SettingsError(f"{name}: {reason.lower().replace('_', ' ')}") from error
+    if authorities is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(authorities)
+        except ssl.SSLError as error:
+            raise SettingsError(f"DOCKER_RUNNER_TLS_CLIENT_CA: {authorities} holds no certificates in PEM") from error
+    return context
+
+
 def read_policies(environ: Mapping[str, str]) -> Policies:
     """The policy of each key: a preset, or a file.
 
     Raises:
-        SettingsError: there is no such preset, or the file cannot be read or is wrong.
+        SettingsError: there is no such preset, the file cannot be read or is wrong, or has no policy for the local key.
     """
+    policies = _read_policies(environ)
+    local = environ.get("DOCKER_RUNNER_LOCAL_KEY")
+    if local and local not in policies.keys:
+        raise SettingsError(f"DOCKER_RUNNER_LOCAL_KEY: the policy has no [keys.{local}]")
+    return policies
+
+
+def _read_policies(environ: Mapping[str, str]) -> Policies:
     named = environ.get("DOCKER_RUNNER_POLICY") or "workloads"
     if named in PRESETS:
         return Policies(PRESETS[named])
@@ -239,11 +337,10 @@ def read_engine_socket(environ: Mapping[str, str]) -> str:
             return DEFAULT_SOCKET
         variable = "DOCKER_HOST"
     path = environ[variable].removeprefix("unix://")
-    if not path.startswith("/"):
-        raise SettingsError(f"{variable}: must be an absolute path")
-    if len(os.fsencode(path)) > 107:
-        raise SettingsError(f"{variable}: is longer than the 107 bytes of a Unix socket's address")
-    return path
+    try:
+        return _socket_path(path)
+    except ValueError as error:
+        raise SettingsError(f"{variable}: {error}") from error
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -263,5 +360,6 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         keyring=read_keyring(environ),
         engine_socket=read_engine_socket(environ),
         policies=read_policies(environ),
+        tls=read_tls(environ),
         **values,
     )

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from admission import Request
+from admission import Connection, Request
 from client import EMPTY_BODY_HASH, body_hash
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
@@ -78,7 +78,7 @@ async def serve(
         raise RunnerError("upgrade_unsupported", f"a stream of the engine is carried by the subprotocol {SUBPROTOCOL}")
     assert (await receive())["type"] == "websocket.connect"
     await send({"type": "websocket.accept", "subprotocol": SUBPROTOCOL})
-    stream = _Stream(receive, send)
+    stream = _Stream(receive, send, request.connection)
     with contextlib.suppress(_Left):
         try:
             await _carry(engine, witness, operation, asked, request, stream, first_frame_s)
@@ -104,9 +104,10 @@ async def serve(
 class _Stream:
     """The caller's side: frames in, frames out."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, connection: Connection) -> None:
         self._receive = receive
         self._send = send
+        self._connection = connection
         self.answered = False
 
     async def receive(self) -> bytes | str:
@@ -131,6 +132,7 @@ class _Stream:
     async def answer(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes | None = None) -> None:
         """Send the frame that answers the request."""
         self.answered = True
+        self._connection.status = status  # For the audit log: the upgrade's own says less.
         fields = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         frame = msgspec.json.encode(_Answer(status, fields, body))
         await self._give({"type": "websocket.send", "text": frame.decode()})
@@ -211,7 +213,7 @@ async def _request_body(request: Request, stream: _Stream, limit_s: float) -> by
         raise _Violation("the first frame must be text: the request's body")
     body = frame.encode()
     announced = next((value for name, value in request.headers if name == b"x-dr-content-sha256" and value), None)
-    if body_hash(body) != (EMPTY_BODY_HASH if announced is None else announced.decode()):
+    if request.signed and body_hash(body) != (EMPTY_BODY_HASH if announced is None else announced.decode()):
         raise RunnerError("body_hash_mismatch", "the body in the first frame is not the one that was signed")
     return body
 

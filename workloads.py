@@ -250,6 +250,8 @@ async def _resize(calls: Calls, asked: ResizeExec, request: Request, options: Op
 
 async def _logs(calls: Calls, asked: Logs, request: Request, options: Options) -> Response:
     """SSE: a container's log, in whole frames, base64."""
+    if asked.follow:
+        request.scope["docker_runner.request"].as_stream()
     query = {
         "follow": asked.follow,
         "stdout": asked.stdout,
@@ -263,6 +265,7 @@ async def _logs(calls: Calls, asked: Logs, request: Request, options: Options) -
 
 async def _events(calls: Calls, asked: Events, request: Request, options: Options) -> Response:
     """SSE: the engine's events, each once."""
+    request.scope["docker_runner.request"].as_stream()
     return await feeds.events(
         calls,
         None if asked.since is UNSET else asked.since,
@@ -279,23 +282,59 @@ async def _upgrade_required(calls: Calls, asked: Nothing, request: Request, opti
 
 
 INTERACTIVE = "/v1/exec/interactive/ws"
-EXEC = Operation("exec_failed", conflict="container_stopped_paused")
+EXEC = Operation("exec_failed", conflict="container_stopped_paused", stands_for=("ContainerExec", "ExecStart"))
 
 ROUTES: tuple[tuple[str, str, type[msgspec.Struct], Handler, Operation], ...] = (
-    ("POST", "/v1/images/ensure", EnsureImage, _ensure, Operation("image_ensure_failed", Thing.IMAGE, clean=True)),
-    ("POST", "/v1/containers/start", containers.Start, _start, Operation("start_failed", clean=True)),
-    ("POST", "/v1/containers/stop", StopContainer, _stop, Operation("stop_failed")),
-    ("POST", "/v1/containers/remove", RemoveContainer, _remove, Operation("remove_failed")),
+    (
+        "POST",
+        "/v1/images/ensure",
+        EnsureImage,
+        _ensure,
+        Operation("image_ensure_failed", Thing.IMAGE, clean=True, stands_for=("ImageCreate",)),
+    ),
+    (
+        "POST",
+        "/v1/containers/start",
+        containers.Start,
+        _start,
+        Operation("start_failed", clean=True, stands_for=("ImageCreate", "ContainerCreate", "ContainerStart")),
+    ),
+    ("POST", "/v1/containers/stop", StopContainer, _stop, Operation("stop_failed", stands_for=("ContainerStop",))),
+    (
+        "POST",
+        "/v1/containers/remove",
+        RemoveContainer,
+        _remove,
+        Operation("remove_failed", stands_for=("ContainerDelete",)),
+    ),
     ("GET", "/v1/containers/inspect", OneContainer, _inspect, Operation("inspect_failed")),
     ("GET", "/v1/containers/labels", OneContainer, _labels, Operation("labels_failed")),
     ("GET", "/v1/containers/networks", OneContainer, _networks, Operation("networks_failed")),
     ("POST", "/v1/containers/findByLabels", FindByLabels, _find, Operation("find_failed")),
     ("GET", "/v1/containers/listByVolume", ListByVolume, _list_by_volume, Operation("list_volume_failed")),
-    ("POST", "/v1/volumes/remove", RemoveVolume, _remove_volume, Operation("volume_remove_failed", Thing.VOLUME)),
+    (
+        "POST",
+        "/v1/volumes/remove",
+        RemoveVolume,
+        _remove_volume,
+        Operation("volume_remove_failed", Thing.VOLUME, stands_for=("VolumeDelete",)),
+    ),
     ("POST", "/v1/containers/touch", OneContainer, _touch, Operation("touch_failed")),
-    ("POST", "/v1/containers/putArchive", PutArchive, _put_archive, Operation("put_archive_failed")),
+    (
+        "POST",
+        "/v1/containers/putArchive",
+        PutArchive,
+        _put_archive,
+        Operation("put_archive_failed", stands_for=("PutContainerArchive",)),
+    ),
     ("POST", "/v1/exec/run", RunExec, _run, EXEC),
-    ("POST", "/v1/exec/resize", ResizeExec, _resize, Operation("resize_failed", Thing.EXEC)),
+    (
+        "POST",
+        "/v1/exec/resize",
+        ResizeExec,
+        _resize,
+        Operation("resize_failed", Thing.EXEC, stands_for=("ExecResize",)),
+    ),
     ("GET", "/v1/containers/logs/sse", Logs, _logs, Operation("logs_failed")),
     ("GET", "/v1/events/sse", Events, _events, Operation("events_failed")),
     ("GET", INTERACTIVE, Nothing, _upgrade_required, EXEC),

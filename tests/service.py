@@ -40,10 +40,16 @@ class Runner:
         engine_socket: path of the engine's socket (there need not be one).
         environ: further settings.
         forced_gc: see `forced_gc.py`.
+        output: a file descriptor for the standard output, the audit log.
     """
 
     def __init__(
-        self, engine_socket: str, environ: Mapping[str, str] | None = None, *, forced_gc: bool = False
+        self,
+        engine_socket: str,
+        environ: Mapping[str, str] | None = None,
+        *,
+        forced_gc: bool = False,
+        output: int = subprocess.DEVNULL,
     ) -> None:
         self.engine_socket = engine_socket
         self.secret = SECRET
@@ -65,7 +71,7 @@ class Runner:
             [sys.executable, str(ROOT / ("tests/forced_gc.py" if forced_gc else "runner.py")), "serve"],
             env=self.environ,
             stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=output,
             text=True,
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -86,7 +92,7 @@ class Runner:
             with self._logged:
                 self.log.append(line)
                 self._logged.notify_all()
-            if found := re.search(r"listens on http://127\.0\.0\.1:(\d+)", line):
+            if found := re.search(r"listens on https?://127\.0\.0\.1:(\d+)", line):
                 self.port = int(found[1])
                 self._listens.set()
         self._listens.set()

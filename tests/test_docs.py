@@ -83,7 +83,7 @@ def test_every_variable_that_the_code_reads_is_in_a_table() -> None:
 def test_every_error_code_is_used_and_every_used_one_is_in_the_table() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("*.py") if path.name != "errors.py")
     timed_out = set(re.findall(r"_timed_out\(\s*\"([a-z_]+)\"", sources))
-    used = set(re.findall(r"(?:RunnerError|_violates)\(\s*\"([a-z_]+)\"", sources))
+    used = set(re.findall(r"(?:RunnerError|_violates|Places)\(\s*\"([a-z_]+)\"", sources))
     by_cause = set(re.findall(r"\"([a-z_]+)\"", (ROOT / "calls.py").read_text())) & set(errors.CODES)
     fallbacks = {operation.fallback for *_, operation in workloads.ROUTES}
     kinds = {operation.conflict for *_, operation in workloads.ROUTES}
