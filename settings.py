@@ -155,7 +155,7 @@ VARIABLES: Mapping[str, Variable] = {
         "1024", _integer(1, 1_000_000), "max_requests", "Verified requests at once, streams apart; one more gets 429."
     ),
     "DOCKER_RUNNER_MAX_STREAMS": Variable(
-        "960",
+        "1000",
         _integer(1, 1_000_000),
         "max_streams",
         "What may last, at once (events, followed logs, stats, wait, attach, exec, WebSockets); one more gets 429.",
