@@ -14,20 +14,19 @@ one read brought; who reads slowly slows the far end.
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import os
 import re
 import signal
 import socket
-import stat
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 import h11
 
+import local_socket
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from tool import LeftError, Tool
@@ -164,7 +163,10 @@ def listen(address: str) -> socket.socket:
         OSError: it cannot be listened on; somebody else does, say.
     """
     if address.startswith("unix://"):
-        return _listen_unix(address.removeprefix("unix://"))
+        path = address.removeprefix("unix://")
+        if not path.startswith("/"):
+            raise ValueError("must be unix:// and an absolute path")
+        return local_socket.listen(path, MAX_CONNECTIONS)
     parts = urlsplit(address)
     if parts.scheme != "tcp" or not parts.hostname or parts.port is None or parts.path:
         raise ValueError("must be unix:///PATH or tcp://127.0.0.1:PORT")
@@ -172,31 +174,6 @@ def listen(address: str) -> socket.socket:
     if not ipaddress.ip_address(found[0]).is_loopback:
         raise ValueError("must be loopback: whoever can connect is root on the engine's host")
     return socket.create_server(found[:2], family=family)
-
-
-def _listen_unix(path: str) -> socket.socket:
-    if not path.startswith("/"):
-        raise ValueError("must be unix:// and an absolute path")
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "there is something else", path)
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-            probe.setblocking(False)  # One that hangs still listens.
-            with contextlib.suppress(BlockingIOError):
-                probe.connect(path)
-            raise OSError(errno.EADDRINUSE, "somebody listens there", path)
-        os.unlink(path)  # Left behind by one that was killed.
-    sock = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
-    try:
-        sock.bind(path)
-        sock.listen(MAX_CONNECTIONS)
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.umask(before)
-    return sock
 
 
 async def _side_by_side(answer: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:

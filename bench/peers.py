@@ -41,7 +41,9 @@ def free_port() -> int:
 @contextmanager
 def running(command: list[str], environ: dict[str, str] | None = None) -> Iterator[None]:
     """A process for as long as the context lasts."""
-    process = subprocess.Popen(command, env={**os.environ, **(environ or {})}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, **(environ or {})}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         yield
     finally:
