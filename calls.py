@@ -6,6 +6,7 @@ path again by then. A name that could become one is answered here as what it is:
 
 import asyncio
 import enum
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -45,13 +46,16 @@ _MISSING = {
 }
 
 
+_NO_NAME = re.compile(r"[/\x00-\x1f\x7f]")
+
+
 def segment(thing: Thing, name: str) -> str:
     """A name as one segment of a path.
 
     Raises:
         RunnerError: `no_such_...`: nothing can have this name, and in a path it would become another path.
     """
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
+    if name in ("", ".", "..") or _NO_NAME.search(name):
         raise RunnerError(_MISSING[thing], f"No such {thing.value}: {name}", status=404)
     return quote(name, safe="")
 

@@ -1,6 +1,7 @@
 """Images of the runner face: present, or pulled; an error within the pull's stream is an error here."""
 
 import base64
+import re
 from collections.abc import AsyncIterator, Mapping
 from urllib.parse import quote
 
@@ -14,6 +15,9 @@ ARCHITECTURES = ("amd64", "arm64")
 """Of these the name in a platform is the name in an image; others have several."""
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def split_reference(image: str) -> tuple[str, str]:
     """A reference as repository and tag (or digest); `latest` where it names neither.
 
@@ -25,7 +29,7 @@ def split_reference(image: str) -> tuple[str, str]:
     if not colon or "/" in tag:
         head, tag = repository, "latest"
     version = digest if at else tag  # A tag beside a digest says nothing more, and the engine refuses both together.
-    escapes = any(part in ("", ".", "..") or "\0" in part for part in image.split("/"))
+    escapes = any(part in ("", ".", "..") for part in image.split("/")) or _CONTROL.search(image)
     # Without a tag behind its colon, the engine would pull every tag that there is.
     if escapes or not version or ":" in head.rpartition("/")[2]:
         raise RunnerError("bad_parameter", f"invalid reference format: {image}", status=400)

@@ -272,8 +272,9 @@ def test_another_status_of_the_engine_is_told_with_the_code_of_the_operation(
 
 # Names cannot escape.
 
-WITHOUT_REQUEST = ["..", ".", "a/b", "../../info", "/", "x/rename?name=y", "a\0b", "..%2f/", "x/../../version"]
-ENCODED = ["x?force=1", "x#y", "a%2Fb", "%2e%2e", "a b", "x\r\nEvil: 1", "ü\U0001f40b", "x;y", "..%2Finfo", "x&all=1"]
+WITHOUT_REQUEST = ["..", ".", "a/b", "../../info", "/", "x/rename?name=y", "a\0b", "x\r\nEvil: 1"]
+WITHOUT_REQUEST += ["..%2f/", "x/../../version", "a\x7fb"]
+ENCODED = ["x?force=1", "x#y", "a%2Fb", "%2e%2e", "a b", "ü\U0001f40b", "x;y", "..%2Finfo", "x&all=1"]
 NAMED = [
     (path, field, thing)
     for path, (fields, _) in REQUESTS.items()
@@ -324,7 +325,7 @@ def test_a_volume_to_look_for_is_a_filter_and_nothing_else(
     } or (json.loads(parse_qs(query)["filters"][0]) == {"volume": [name]})
 
 
-@pytest.mark.parametrize("image", ["..", "a/../../info", "/x", "x/", "a//b", "./x", "x\0y/z", "x:", "x@"])
+@pytest.mark.parametrize("image", ["..", "a/../../info", "/x", "x/", "a//b", "./x", "x\0y/z", "x\r\nE: 1", "x:", "x@"])
 @pytest.mark.parametrize("path", ["/v1/images/ensure", "/v1/containers/start"])
 @pytest.mark.parametrize("platform", [{}, {"platform": "linux/amd64"}])
 def test_an_image_that_would_be_another_path_is_a_bad_parameter(
@@ -335,7 +336,7 @@ def test_an_image_that_would_be_another_path_is_a_bad_parameter(
     assert scripted.connections == 0
 
 
-@pytest.mark.parametrize("image", ["x?fromSrc=-", "x#y", "a%2F..%2Finfo", "a b", "x&tag=y", "x\r\nEvil: 1"])
+@pytest.mark.parametrize("image", ["x?fromSrc=-", "x#y", "a%2F..%2Finfo", "a b", "x&tag=y"])
 def test_an_image_of_odd_characters_stays_one_name(scripted: ScriptedEngine, fronted: Runner, image: str) -> None:
     scripted.restart(lambda peer: peer.answer(NOT_FOUND))
     assert told(ask(fronted, "/v1/images/ensure", {"image": image})) == (404, "no_such_image", False)
