@@ -191,10 +191,11 @@ class NetworkingConfig(_Body):
 
 
 class ContainerCreate(_Body):
-    """`name` and `platform` belong into the query; some clients (dockerode) send them here, too."""
+    """`name` and `platform` belong into the query, `volumes_from` into HostConfig; dockerode sends them here, too."""
 
     name: Any = None
     platform: Any = None
+    volumes_from: list[Any] | None = None
     hostname: Any = None
     domainname: Any = None
     user: str | None = None

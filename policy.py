@@ -31,8 +31,8 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class Bind(_Section, frozen=True):
     """A folder of the host that may be mounted. `below`: those below it too, and whoever can write in there can reach
-    the whole host through a symbolic link, which the engine follows. `read_only` is of the folder itself: what is
-    mounted below it stays writable on engines before 25.0."""
+    the whole host through a symbolic link, which the engine follows. `read_only` is of the folder itself: what the
+    host has mounted below it may stay writable (before Engine 25.0, or API 1.44)."""
 
     path: str
     below: bool = False

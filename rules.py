@@ -50,6 +50,8 @@ def container_create(policy: Policy, asked: Asked) -> None:
     misplaced = [name for name in unknown if strict_json.folded(name) in _HOST_CONFIG]
     if misplaced:
         raise RunnerError("ambiguous_body", f"{misplaced[0]} belongs into HostConfig: the engine may take it there")
+    if body.volumes_from:
+        raise RunnerError("ambiguous_body", "VolumesFrom belongs into HostConfig: the engine may take it there")
     _check_unknown(policy, unknown)
     # Without an image a container begins empty, to be filled with whatever its maker has.
     _image(policy, "Image", body.image or "")
@@ -83,7 +85,8 @@ def container_start(policy: Policy, asked: Asked) -> None:
     """`ContainerStart`. Old versions of the API take a HostConfig here; checkpoints are folders of the host."""
     if policy.container.start_body:
         return
-    if asked.body.strip() not in (b"", b"{}", b"null"):
+    # Nothing that means something to the engine is as short; dockerode sends such.
+    if len(asked.body) > 7:
         policy.deny("ContainerStart with a body", f"{len(asked.body)} bytes", "[container] start_body = true")
     for name in ("checkpoint", "checkpoint-dir"):
         if asked.query.get(name):
@@ -401,7 +404,8 @@ def _ports(policy: Policy, host: bodies.HostConfig) -> None:
     if host.publish_all_ports and not rules.ports_allowed(0, 0):
         policy.deny("HostConfig.PublishAllPorts", True, policy.line("container", "ports", ["0"]))
     for inner, bindings in (host.port_bindings or {}).items():
-        for binding in bindings or []:
+        # Before its version 29 the engine takes none for one of its own choice.
+        for binding in bindings or [bodies.PortBinding()]:
             text = binding.host_port or "0"
             first, dash, last = text.partition("-")
             if not re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?", text):

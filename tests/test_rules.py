@@ -12,8 +12,11 @@ from urllib.parse import quote, urlencode
 import pytest
 from policed import Policed, error_of, with_line
 
+import operations
+import rules
 from conftest import EngineDirect, Names, Registry
 from dev.engine import Engine
+from policy import PRESETS
 from service import Answer
 
 ACCEPTED = (200, 201, 204)
@@ -103,6 +106,8 @@ ROWS = [
     create("PublishAllPorts", PublishAllPorts=True),
     create("PortBindings", PortBindings={"80/tcp": [{"HostPort": "18080"}]}),
     create("PortBindings of the engine's choice", PortBindings={"80/tcp": [{"HostPort": ""}]}),
+    create("PortBindings without any", PortBindings={"80/tcp": []}),
+    create("PortBindings of nothing", PortBindings={"80/tcp": None}),
     create(
         "PortBindings beside the allowed",
         PortBindings={"80/tcp": [{"HostPort": "18080-18090"}]},
@@ -412,3 +417,25 @@ def test_what_is_denied_leaves_no_trace_and_the_line_that_is_named_allows_it(
     answer = ask()
     assert not error_of(answer), answer.body
     assert answer.status in then, answer.body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"Runtime": None, "Privileged": None, "name": "x", "platform": "", "VolumesFrom": []},
+        {"HostConfig": {"Beside": None, "Binds": [], "VolumesFrom": [], "LogConfig": {"Type": "", "Config": {}}}},
+        {"HostConfig": {"Binds": ["data:/data:rw", "data:/x:z"], "Mounts": [{"Type": "volume", "Target": "/v"}]}},
+        {"HostConfig": {"Mounts": [{"Type": "tmpfs", "Target": "/t", "TmpfsOptions": {"SizeBytes": 1, "Mode": 448}}]}},
+        {"HostConfig": {"Tmpfs": {"/t": "", "/u": "rw,noexec,nosuid,size=65536k,mode=1777"}}},
+        {"HostConfig": {"NetworkMode": "default", "IpcMode": "private", "CgroupnsMode": "private", "PidMode": ""}},
+        {"HostConfig": {"SecurityOpt": ["no-new-privileges:true"], "CapDrop": ["ALL"], "CapAdd": ["CAP_CHOWN"]}},
+        {"HostConfig": {"LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "3"}}}},
+        {"HostConfig": {"RestartPolicy": {"Name": "unless-stopped", "MaximumRetryCount": 0}, "Init": True}},
+        {"HostConfig": {"Memory": 1 << 30, "NanoCpus": 10**9, "PidsLimit": 100, "OomKillDisable": False}},
+        {"NetworkingConfig": {"EndpointsConfig": {"some": {"Aliases": ["a"], "IPAMConfig": {"IPv4Address": ""}}}}},
+        {"Healthcheck": {"Test": ["CMD", "true"]}, "ExposedPorts": {"80/tcp": {}}, "Volumes": {"/v": {}}},
+    ],
+)  # fmt: skip
+def test_workloads_is_not_in_the_way_of_what_people_do(body: dict[str, Any]) -> None:
+    create = next(each for each in operations.OPERATIONS if each.id == "ContainerCreate")
+    rules.check(PRESETS["workloads"], create, b"/containers/create", body=json.dumps({"Image": "x", **body}).encode())
