@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import http.client
+import json
 import re
 import socket
 import threading
@@ -306,3 +307,18 @@ def test_a_heavy_body_does_not_stop_the_event_loop(name: str, policy: str) -> No
     with contextlib.suppress(RunnerError):
         rules.check(held, operation, b"/containers/create", body=HEAVY[name])
     assert time.thread_time() - started < 0.25
+
+
+def test_the_hosts_network_by_its_id_is_not_the_hosts(guarded: Runner, ground: Ground) -> None:
+    """No rule sees what an id names. To the engine only the name `host` is the host's; if that changed, this tells."""
+    [host] = [each["Id"] for each in ground.direct.request("GET", "/networks").json() if each["Name"] == "host"]
+    for mode in (host, host[:12]):
+        name = ground.names()
+        body = {"Image": ground.image, "Cmd": ["ls", "/sys/class/net"], "HostConfig": {"NetworkMode": mode}}
+        content = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        assert guarded.request("POST", f"/containers/create?name={name}", content, headers).status == 201
+        assert guarded.request("POST", f"/containers/{name}/start").status == 204
+        seen = ground.logs(name)
+        assert b"lo" in seen
+        assert not [each for _, each in socket.if_nameindex() if each != "lo" and each.encode() in seen]
