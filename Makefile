@@ -6,7 +6,7 @@ JOBS ?= 3
 
 MINUTES ?= 10
 
-.PHONY: help run test fuzz lint engine-stop clean
+.PHONY: help run test fuzz lint dist engine-stop clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -28,6 +28,10 @@ lint: ## ruff (lint and format) and mypy --strict
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+dist: ## one file with everything inside, for this Python and machine: dist/docker-runner-cp3XX-linux_MACHINE.pyz
+	@$(PYTHON) -m dev.prepare dist
+	@.venv/bin/python -m dev.dist
 
 engine-stop: ## stop the engine that `make run` started; its images stay
 	@$(PYTHON) -m dev.private_engine stop

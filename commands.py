@@ -1,6 +1,7 @@
 """What the commands of the command line do. Their arguments are parsed in `runner.py`, curl's in `curl.py`."""
 
 import asyncio
+import http.client
 import json
 import logging
 import os
@@ -23,17 +24,28 @@ from auth import Keyring
 from client import __version__
 from client import sign as signed_headers
 from curl import UsageError, signed_arguments
-from settings import Settings, SettingsError, read_engine_socket, read_keyring, read_policies, read_settings, read_tls
+from settings import (
+    VARIABLES,
+    Settings,
+    SettingsError,
+    read_engine_socket,
+    read_keyring,
+    read_policies,
+    read_settings,
+    read_tls,
+)
 
 if TYPE_CHECKING:
     from runner import App
 
-__all__ = ["UsageError", "bridge", "check", "curl", "serve", "sign"]
+__all__ = ["UsageError", "bridge", "check", "curl", "probe", "serve", "sign"]
 
 SHORTEST_SECRET = 16
 """Characters below which `check` calls a secret too short and `serve` warns."""
 CHECK_LIMIT_S = 5.0
-"""Seconds that `check` waits for the engine."""
+"""Seconds that `check` waits for the engine, or for a running service."""
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where a service that listens on all addresses is asked."""
 
 _LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "fatal": 50}
 
@@ -313,6 +325,34 @@ def _check_engine(path: str, fine: Callable[[str], None], wrong: Callable[[str, 
         wrong("engine: what answers on its socket is no Docker Engine", "name the engine's socket in DOCKER_SOCKET")
     else:
         fine(f"engine: version {said}")
+
+
+def probe(path: str, environ: Mapping[str, str]) -> int:
+    """Ask the service that runs here, with the same settings, for `/v1/health` or `/v1/ready`; return the exit status.
+
+    Raises:
+        SettingsError: the variable of its port is wrong.
+    """
+    host, port = (environ.get(name) or VARIABLES[name].default for name in ("DOCKER_RUNNER_HOST", "DOCKER_RUNNER_PORT"))
+    host = EVERY_ADDRESS.get(host, host)
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
+    try:
+        number = VARIABLES["DOCKER_RUNNER_PORT"].read(port)
+    except ValueError as error:
+        raise SettingsError(f"DOCKER_RUNNER_PORT: {error}, not {port!r}") from error
+    connection = http.client.HTTPConnection(host, number, timeout=CHECK_LIMIT_S)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        said = answer.read(65536).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        print(f"FAIL  {where}: {error or type(error).__name__}")
+        return 1
+    finally:
+        connection.close()
+    well = answer.status == http.HTTPStatus.OK
+    print(f"{'ok  ' if well else 'FAIL'}  {where}: {answer.status} {said}")
+    return 0 if well else 1
 
 
 def sign(

@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "serve":
                 return commands.serve(create_app, environ)
             case "check":
-                return commands.check(environ)
+                return commands.probe(options.probe, environ) if options.probe else commands.check(environ)
             case "bridge":
                 files = {"ca": options.ca, "cert": options.cert, "key": options.key}
                 return commands.bridge(options.url, options.listen, files, environ)
@@ -168,13 +168,19 @@ def _parser() -> argparse.ArgumentParser:
         "get DOCKER_RUNNER_GRACE_MS, streams are ended, then the exit status is 0.",
         "DOCKER_RUNNER_SHARED_SECRET_FILE=/run/secrets/runner docker-runner serve",
     )
-    add(
+    check = add(
         "check",
         "look at settings, socket and engine, and say what to do",
         "Looks at the settings, the secret, the engine's socket, its version and API version. Exit status 0 if all is\n"
-        "well, 1 if not.",
+        "well, 1 if not. With --health or --ready it asks the service that runs here instead.",
         "docker-runner check",
     )
+    running = check.add_mutually_exclusive_group()
+    for option, path, meaning in (
+        ("--health", "/v1/health", "whether the running service answers, as container health checks ask"),
+        ("--ready", "/v1/ready", "whether the running service reaches its engine"),
+    ):
+        running.add_argument(option, dest="probe", action="store_const", const=path, help=meaning)
     sign = add(
         "sign",
         "print the headers that sign one request",

@@ -1,12 +1,13 @@
 """The development set-up: what `make` runs before there is anything installed to run.
 
-Standard library only, because it runs with the system's Python, before `.venv` exists.
+Standard library only, but for dist.py, because it runs with the system's Python, before `.venv` exists.
 
     engine.py          an engine: where one answers, and the few requests the set-up itself makes
     private_engine.py  a dockerd of our own: start, stop, kill, nothing left behind
     busybox.py         the tiny image that examples and tests run, imported from Debian's busybox
     packages.py        Debian packages: what is missing, and how to install it
-    prepare.py         puts it together for `make run`, `make test` and `make lint`
+    prepare.py         puts it together for `make run`, `make test`, `make lint` and `make dist`
+    dist.py            the one file of `make dist`
 """
 
 import os

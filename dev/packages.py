@@ -20,16 +20,19 @@ def _program(name: str) -> bool:
 PRESENT: dict[str, Callable[[], bool]] = {
     "busybox-static": partial(_program, "busybox"),  # a dynamic one is left alone; see busybox.py
     "ca-certificates": Path("/etc/ssl/certs/ca-certificates.crt").exists,
+    "caddy": partial(_program, "caddy"),
     "curl": partial(_program, "curl"),
     "docker-compose": partial(_program, "docker-compose"),
     "docker-registry": partial(_program, "docker-registry"),
     "docker.io": partial(_program, "dockerd"),
     "iproute2": partial(_program, "ip"),
     "iptables": partial(_program, "iptables"),
+    "nginx-light": partial(_program, "nginx"),
     "nodejs": partial(_program, "node"),
     "npm": partial(_program, "npm"),
     "openssl": partial(_program, "openssl"),
     "python3-venv": lambda: importlib.util.find_spec("ensurepip") is not None,
+    "systemd": partial(_program, "systemd-analyze"),
 }
 
 

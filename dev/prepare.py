@@ -1,4 +1,4 @@
-"""Prepares the checkout, then starts what was asked for: `make run`, `make test`, `make lint`.
+"""Prepares the checkout, then starts what was asked for: `make run`, `make test`, `make lint`, `make dist`.
 
 Each step looks first and does only what is missing, so that a second run is quick:
 packages, `.venv`, an engine, the secret, `.env`, the image for the try-out.
@@ -26,7 +26,11 @@ IMAGE = "docker-runner/busybox:latest"
 VENV_PACKAGES = ["python3-venv", "ca-certificates"]
 ENGINE_PACKAGES = ["docker.io", "iptables", "iproute2"]
 TRY_OUT_PACKAGES = ["curl", "busybox-static"]
-TEST_PACKAGES = [*VENV_PACKAGES, *TRY_OUT_PACKAGES, "openssl", "docker-registry", "docker-compose", "nodejs", "npm"]
+DEPLOY_PACKAGES = ["nginx-light", "caddy", "systemd"]
+TEST_PACKAGES = [
+    *(*VENV_PACKAGES, *TRY_OUT_PACKAGES, *DEPLOY_PACKAGES),
+    *("openssl", "docker-registry", "docker-compose", "nodejs", "npm"),
+]
 SYSTEM_ENGINE_TIMEOUT_S = 30
 
 
@@ -256,17 +260,18 @@ def prepare_tests() -> None:
     NodeModules(CHECKOUT / "tests" / "sdk").ensure()
 
 
-def prepare_lint() -> None:
+def prepare_tools() -> None:
+    """What `make lint` and `make dist` need."""
     packages.install(VENV_PACKAGES)
     Venv(CHECKOUT).ensure(dev=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m dev.prepare", description="Prepares the checkout.")
-    parser.add_argument("purpose", choices=["run", "test", "lint"], help="run: also starts the runner")
+    parser.add_argument("purpose", choices=["run", "test", "lint", "dist"], help="run: also starts the runner")
     purpose = parser.parse_args().purpose
     try:
-        {"run": run, "test": prepare_tests, "lint": prepare_lint}[purpose]()
+        {"run": run, "test": prepare_tests, "lint": prepare_tools, "dist": prepare_tools}[purpose]()
     except (SetupError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
