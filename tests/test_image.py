@@ -156,7 +156,7 @@ def test_the_engines_own_api_answers(url: str, direct: EngineDirect) -> None:
 
 def test_large_bodies_find_room(url: str) -> None:
     """Past what is held in memory a body waits in /tmp until it is verified; this one is refused after that."""
-    body = b'{"Image":"' + b"x" * (8 << 20) + b'"}'
+    body = b'{"Image":"' + b"x" * (2 << 20) + b'"}'
     answer = Wire(url, SECRET).request("POST", "/containers/create", body)
     assert answer.status in (400, 404)
     assert "message" in answer.json
