@@ -225,7 +225,8 @@ def test_it_is_a_way_on_the_engine_itself(way: Way, engine: Engine, ground: Grou
         for part in way.shows.split("."):
             found = found[part]
         assert found
-    ground.direct.request("DELETE", f"/containers/{name}?force=1&v=1")
+    for made in (f"/containers/{name}?force=1&v=1", f"/networks/{name}"):
+        ground.direct.request("DELETE", made)
 
 
 @each_way

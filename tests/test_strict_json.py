@@ -144,6 +144,8 @@ ZERO: dict[type, Any] = {bool: False, str: "", int: 0}
 
 def go_read(value: Any, kind: Any, held: Any) -> Any:
     """Unmarshal a value of a type into what is held already."""
+    if kind == list[str] | str | None:  # moby's strslice: a string is a list of one.
+        kind, value = list[str], [value] if isinstance(value, str) else value
     kind = strict_json._without_none(kind)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         if value is None:
@@ -199,7 +201,10 @@ def ours(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
         fields = msgspec.structs.fields(value)
         looked_at = [field for field in fields if field.type is not Any]
-        return plain({field.encode_name: ours(getattr(value, field.name)) for field in looked_at})
+        view = {field.encode_name: ours(getattr(value, field.name)) for field in looked_at}
+        if isinstance(view.get("CapAdd"), str):
+            view["CapAdd"] = [view["CapAdd"]]
+        return plain(view)
     if isinstance(value, list):
         return [ours(item) for item in value]
     if isinstance(value, dict):
