@@ -38,7 +38,7 @@ from settings import (
 if TYPE_CHECKING:
     from runner import App
 
-__all__ = ["UsageError", "bridge", "check", "curl", "probe", "serve", "sign"]
+__all__ = ["UsageError", "bridge", "check", "curl", "openapi", "probe", "serve", "sign"]
 
 SHORTEST_SECRET = 16
 """Characters below which `check` calls a secret too short and `serve` warns."""
@@ -243,6 +243,14 @@ def _tls(files: Mapping[str, str | None]) -> ssl.SSLContext | None:
     except OSError as error:  # ssl.SSLError is one
         raise UsageError(f"--ca, --cert, --key: {error}") from error
     return context
+
+
+def openapi() -> int:
+    """Print the API document; returns the exit status."""
+    from openapi import document
+
+    sys.stdout.buffer.write(document())
+    return 0
 
 
 def check(environ: Mapping[str, str]) -> int:

@@ -1,7 +1,7 @@
 """Containers and volumes of the runner face: start, stop, remove, look up, upload."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -33,6 +33,14 @@ class Start(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     anonymous_volumes: list[str] | UnsetType = UNSET
     create_extras: dict[str, Any] | UnsetType = UNSET
     ttl_seconds: Annotated[int, Meta(gt=0)] | UnsetType = UNSET
+
+
+class Started(msgspec.Struct, rename="camel"):
+    """The answer of `/v1/containers/start`. `name` as it was given."""
+
+    container_id: str
+    name: str | UnsetType = UNSET
+    status: Literal["running"] = "running"
 
 
 def environment(env: dict[str, str] | list[str]) -> list[str]:
@@ -92,7 +100,7 @@ class _Created(msgspec.Struct, rename="pascal"):
     id: str
 
 
-async def start(calls: Calls, request: Start, default_image: str) -> dict[str, str]:
+async def start(calls: Calls, request: Start, default_image: str) -> Started:
     """Ensure the image, create, start. A container that cannot be started, or whose caller leaves, is removed again.
 
     Raises:
@@ -114,7 +122,7 @@ async def start(calls: Calls, request: Start, default_image: str) -> dict[str, s
             message = f"{error.message} (and what was created is left behind: {left.message})"
             raise RunnerError(error.code, message, status=error.status, retryable=False) from error
         raise
-    return {"containerId": container, **({"name": name} if name is not None else {}), "status": "running"}
+    return Started(container, UNSET if name is None else name)
 
 
 async def _create(calls: Calls, body: dict[str, Any], name: str | None, platform: str | None) -> str:

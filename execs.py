@@ -221,9 +221,15 @@ class _Output:
         }
 
 
-async def run(
-    calls: Calls, container: str, config: dict[str, Any], limits: Limits, *, kill_on_timeout: bool
-) -> dict[str, Any]:
+class Ran(msgspec.Struct, rename="camel"):
+    """The answer of `/v1/exec/run`. With a terminal everything is `stdout`."""
+
+    stdout: str
+    stderr: str
+    exit_code: int
+
+
+async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limits, *, kill_on_timeout: bool) -> Ran:
     """Run a command to its end: its output as text, and its exit code.
 
     Raises:
@@ -264,7 +270,7 @@ async def run(
         if started and error.retryable:
             raise RunnerError("exec_failed", error.message) from error
         raise
-    return {**output.texts(), "exitCode": code}
+    return Ran(**output.texts(), exit_code=code)
 
 
 def _timed_out(code: str, message: str, output: _Output) -> RunnerError:

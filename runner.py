@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return commands.serve(create_app, environ)
             case "check":
                 return commands.probe(options.probe, environ) if options.probe else commands.check(environ)
+            case "openapi":
+                return commands.openapi()
             case "bridge":
                 files = {"ca": options.ca, "cert": options.cert, "key": options.key}
                 return commands.bridge(options.url, options.listen, files, environ)
@@ -204,6 +206,12 @@ def _parser() -> argparse.ArgumentParser:
         "Runs curl with its usual arguments; the URL may be just a path. Adds the signature, and Content-Type:\n"
         "application/json to a -d body that names no type.",
         "docker-runner curl -s '/containers/json?all=1'",
+    )
+    add(
+        "openapi",
+        "print the API document",
+        "Prints the OpenAPI 3.1 document of the runner face, as the service serves it at /v1/openapi.json.",
+        "docker-runner openapi > docs/openapi.json",
     )
     bridge = add(
         "bridge",

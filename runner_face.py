@@ -222,6 +222,11 @@ def create_runner_face(
         await readiness.check()
         return Response(b'{"status":"ready"}', media_type=JSON)
 
+    async def document(request: Request) -> Response:
+        import openapi  # Late: it is made for the first who asks.
+
+        return Response(openapi.document(), media_type=JSON)
+
     async def interactive(socket: WebSocket) -> None:
         verified = _verified(socket.scope)
         in_query = partial(_in_query, verified.target, "containerId")
@@ -232,6 +237,7 @@ def create_runner_face(
     routes = [
         Route("/v1/health", health),
         Route("/v1/ready", ready),
+        Route("/v1/openapi.json", document),
         WebSocketRoute(INTERACTIVE, interactive),
         *(
             Route(path, endpoint(method, path, struct, handler, operation), methods=[method])

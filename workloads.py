@@ -41,12 +41,12 @@ class Options(msgspec.Struct, frozen=True):
 class EnsureImage(msgspec.Struct, rename="camel"):
     image: Name
     platform: str | UnsetType = UNSET
-    auth: dict[str, str] | UnsetType = UNSET
+    auth: Annotated[dict[str, str], Meta(description="`X-Registry-Auth`, not yet encoded")] | UnsetType = UNSET
 
 
 class StopContainer(msgspec.Struct, rename="camel"):
     container_id: Name
-    timeout_sec: Annotated[int, Meta(ge=0)] = 10
+    timeout_sec: Annotated[int, Meta(ge=0, description="seconds until it is killed")] = 10
 
 
 class RemoveContainer(msgspec.Struct, rename="camel"):
@@ -94,7 +94,10 @@ class ExecOptions(msgspec.Struct, rename="camel", frozen=True):
 
 class RunExec(msgspec.Struct, rename="camel"):
     container_id: Name
-    command: Annotated[str, Meta(min_length=1)] | Annotated[list[str], Meta(min_length=1)]
+    command: (
+        Annotated[str, Meta(min_length=1, description="for `/bin/sh -lc`")]
+        | Annotated[list[str], Meta(min_length=1, description="taken as it is")]
+    )
     options: ExecOptions = ExecOptions()
 
 
@@ -111,29 +114,46 @@ class ResizeExec(msgspec.Struct, rename="camel"):
 class Logs(msgspec.Struct, rename="camel"):
     container_id: Name
     follow: bool = True
-    since: str | UnsetType = UNSET
-    tail: str | UnsetType = UNSET
+    since: Annotated[str, Meta(description="Unix time, in seconds")] | UnsetType = UNSET
+    tail: Annotated[str, Meta(description="how many lines from the end, or `all`")] | UnsetType = UNSET
     stdout: bool = True
     stderr: bool = True
     timestamps: bool = False
 
 
 class Events(msgspec.Struct, rename="camel"):
-    since: str | UnsetType = UNSET
-    filters: str | UnsetType = UNSET
+    since: Annotated[str, Meta(description="Unix time, in seconds")] | UnsetType = UNSET
+    filters: (
+        Annotated[str, Meta(description='base64 of JSON; absent or malformed: `{"type":["container"]}`')] | UnsetType
+    ) = UNSET
 
 
 class Interactive(msgspec.Struct, rename="camel"):
     container_id: Name
-    command: Name
+    command: Annotated[Name, Meta(description="a JSON array of strings, or a command line for `/bin/sh -lc`")]
     workdir: str | UnsetType = UNSET
     tty: bool = False
     demux: bool = True
-    env: str | UnsetType = UNSET
+    env: Annotated[str, Meta(description="JSON: an object, or an array of `NAME=VALUE`")] | UnsetType = UNSET
 
 
 class Nothing(msgspec.Struct):
     """A request without parameters."""
+
+
+# Answers.
+
+
+class Labels(msgspec.Struct):
+    labels: dict[str, str]
+
+
+class Networks(msgspec.Struct):
+    networks: list[str]
+
+
+class ContainerIds(msgspec.Struct, rename="camel"):
+    container_ids: list[str]
 
 
 # Handlers: (calls, the decoded request, the HTTP request, options) -> response.
@@ -181,23 +201,23 @@ async def _inspect(calls: Calls, asked: OneContainer, request: Request, options:
 
 async def _labels(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
     """A container's labels."""
-    return _json({"labels": (await containers.inspected(calls, asked.container_id)).config.labels or {}})
+    return _json(Labels((await containers.inspected(calls, asked.container_id)).config.labels or {}))
 
 
 async def _networks(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
     """The names of a container's networks."""
     networks = (await containers.inspected(calls, asked.container_id)).network_settings.networks
-    return _json({"networks": list(networks or {})})
+    return _json(Networks(list(networks or {})))
 
 
 async def _find(calls: Calls, asked: FindByLabels, request: Request, options: Options) -> Response:
     """Ids of the containers that have all the labels, oldest first."""
-    return _json({"containerIds": await containers.find_by_labels(calls, asked.labels, all_=asked.all)})
+    return _json(ContainerIds(await containers.find_by_labels(calls, asked.labels, all_=asked.all)))
 
 
 async def _list_by_volume(calls: Calls, asked: ListByVolume, request: Request, options: Options) -> Response:
     """Ids of the containers that mount the volume, stopped ones too."""
-    return _json({"containerIds": await containers.list_by_volume(calls, asked.volume_name)})
+    return _json(ContainerIds(await containers.list_by_volume(calls, asked.volume_name)))
 
 
 async def _remove_volume(calls: Calls, asked: RemoveVolume, request: Request, options: Options) -> Response:
