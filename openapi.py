@@ -38,8 +38,8 @@ SIGNED = (
 )
 WITH_BODY = ("invalid_json", "unsupported_media_type")
 ASKING_THE_ENGINE = (
-    *("validation_error", "policy_denied", "ambiguous_body", "ambiguous_query", "invalid_path", "bad_parameter"),
-    *("server_error", "engine_socket_missing", "engine_refused", "engine_permission_denied", "engine_connect_timeout"),
+    *("policy_denied", "ambiguous_body", "bad_parameter", "server_error"),
+    *("engine_socket_missing", "engine_refused", "engine_permission_denied", "engine_connect_timeout"),
     *("engine_busy", "engine_timeout", "engine_cut_head", "engine_cut_body", "engine_garbage"),
 )
 OF_ROUTE: Mapping[str, tuple[str, ...]] = {
@@ -49,10 +49,10 @@ OF_ROUTE: Mapping[str, tuple[str, ...]] = {
     workloads.INTERACTIVE: ("upgrade_required",),
 }
 NOT_OF_ROUTES = (
-    *("not_found", "method_not_allowed", "upgrade_unsupported"),
+    *("not_found", "method_not_allowed", "upgrade_unsupported", "invalid_path", "ambiguous_query"),
     *("foreign_origin", "runner_unreachable", "runner_cut"),
 )
-"""For what is no route, and for the bridge."""
+"""For what is no route, for the engine face, and for the bridge."""
 
 ENGINES_STATUS = {
     **{f"no_such_{thing.name.lower()}": "404" for thing in Thing},
@@ -87,7 +87,7 @@ def _sse(messages: str) -> Json:
         "its `type` says what it is. Comment lines (`: ...`) keep a quiet stream alive. Pass over other lines (`id:`) "
         f"and other types. {messages}"
     )
-    return {"200": {"description": description, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    return {"200": {"description": description, "content": {"text/event-stream": {}}}}
 
 
 _INTERACTIVE = """\
@@ -138,10 +138,10 @@ _DESCRIPTION = """\
 Task-level operations on a Docker Engine for signed requests (`paths`), and the engine's own API, relayed \
 (`x-engine-operations`).
 
-Requests are JSON, decoded strictly: nothing is coerced, `null` is no absent field, a query key stands once. Unknown \
-fields and parameters are ignored but where the schema says otherwise. Success is exactly the documented status. HEAD \
-is answered where GET is. An unknown path is 404 `not_found`, another method 405 `method_not_allowed` with `Allow`; \
-who has not signed learns neither."""
+Requests are JSON, decoded strictly: nothing is coerced, `1.0` is no integer, `null` is no absent field, a query key \
+stands once. Unknown fields and parameters are ignored but where the schema says otherwise. Success is exactly the \
+documented status. HEAD is answered where GET is. An unknown path is 404 `not_found`, another method 405 \
+`method_not_allowed` with `Allow`; who has not signed learns neither."""
 
 _SCHEMES = {
     "timestamp": ("X-DR-Timestamp", "Milliseconds since the epoch, in decimal digits, close to the runner's clock."),
@@ -206,7 +206,7 @@ def _paths() -> Iterator[tuple[str, Json]]:
     yield PATH, {"get": {**_titles(PATH, "This document."), "responses": answers}}
     for method, path, struct, handler, operation in workloads.ROUTES:
         asked: Json
-        codes = [*ANYWHERE, *SIGNED, *OF_ROUTE.get(path, ())]
+        codes = [*ANYWHERE, *SIGNED, "validation_error", *OF_ROUTE.get(path, ())]
         if path == workloads.INTERACTIVE:
             asked, answers = {"parameters": _parameters(workloads.Interactive)}, _errors(codes)
         else:

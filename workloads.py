@@ -73,10 +73,15 @@ class RemoveVolume(msgspec.Struct, rename="camel"):
     force: bool = False
 
 
+BASE64 = {"pattern": "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"}
+
+
 class PutArchive(msgspec.Struct, rename="camel"):
     container_id: Name
     path: Name
-    payload_base64: Annotated[bytes, Meta(description="a tar")] = msgspec.field(name="payloadBase64")
+    payload_base64: Annotated[bytes, Meta(description="a tar", extra_json_schema=BASE64)] = msgspec.field(
+        name="payloadBase64"
+    )
 
 
 Milliseconds = Annotated[int, Meta(ge=0, le=2**53)]
