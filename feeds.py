@@ -54,6 +54,9 @@ class Feed(Response):
         alive = None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
             alive = asyncio.ensure_future(self._show_life(send))
             last = b""
             try:

@@ -19,7 +19,7 @@ import operations
 import workloads
 from client import sign
 from service import ROOT, Runner
-from wire import Wire, refused
+from wire import Reply, Wire, refused, target
 
 DOCUMENT: dict[str, Any] = json.loads(openapi.document())
 OPERATIONS = {
@@ -81,6 +81,21 @@ def test_the_command_prints_it(tmp_path: Any) -> None:
 def test_the_service_starts_without_it() -> None:
     code = "import runner, runner_face, sys; assert 'openapi' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+GET_PATHS = [path for method, path in OPERATIONS if method == "GET"]
+
+
+@pytest.mark.parametrize("path", GET_PATHS)
+def test_head_is_answered_where_get_is_and_the_connection_goes_on(wire: Wire, box: str, path: str) -> None:
+    where = target(path, {"containerId": box, "volumeName": "none"})
+    with wire.connect() as connection:
+        expected = answers(OPERATIONS["GET", path])
+        for _ in range(2):
+            connection.send(wire.head("HEAD", where, wire.sign("HEAD", where)))
+            reply = Reply(connection, "HEAD")
+            assert str(reply.status) in expected
+            assert reply.header("content-type") in expected[str(reply.status)]["content"]
 
 
 def test_every_route_is_in_it_and_nothing_else() -> None:
