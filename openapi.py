@@ -34,7 +34,7 @@ ANYWHERE = (
 SIGNED = (
     *("missing_headers", "duplicate_headers", "invalid_timestamp", "timestamp_out_of_range", "invalid_nonce"),
     *("invalid_signature", "replayed_nonce", "body_hash_mismatch", "invalid_chunk"),
-    *("nonce_store_full", "unverified_bodies_full", "spool_failed"),
+    *("nonce_store_full", "unverified_bodies_full", "spool_failed", "too_many_requests", "too_many_streams"),
 )
 WITH_BODY = ("invalid_json", "unsupported_media_type")
 ASKING_THE_ENGINE = (

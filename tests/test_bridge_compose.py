@@ -72,7 +72,7 @@ class Compose:
         self.project = project
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKER_", "COMPOSE_"))}
         # It builds itself, rather than with whatever docker CLI there is.
-        self._environ = {**kept, "DOCKER_HOST": host, "COMPOSE_DOCKER_CLI_BUILD": "0"}
+        self._environ = {**kept, "DOCKER_HOST": host, "COMPOSE_DOCKER_CLI_BUILD": "0", "COLUMNS": "999"}
 
     def start(self, *arguments: str, **more: Any) -> "subprocess.Popen[Any]":
         """Starts a command; takes what Popen takes."""
