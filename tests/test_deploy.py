@@ -31,7 +31,7 @@ from client import __version__
 from conftest import EngineDirect, Names, free_port, tied
 from dev import find_program, wait_until
 from dev.engine import Engine
-from imaged import Docker, image, secret_file
+from imaged import Docker, base, secret_file
 from packed import Program, environment, one_file, run
 from service import ROOT, SECRET, Runner
 from wire import Connection, Wire
@@ -299,9 +299,8 @@ def docker(engine: Engine) -> Docker:
     return Docker(engine.socket)
 
 
-def compose(settings: dict[str, str], project: str, *command: str, overlay: Path | None = None) -> str:
-    files = [DEPLOY / "compose.yaml", *([overlay] if overlay else [])]
-    options = [*(f"--file={file}" for file in files), f"--project-name={project}"]
+def compose(settings: dict[str, str], project: str, *command: str) -> str:
+    options = [f"--file={DEPLOY}/compose.yaml", f"--project-name={project}"]
     done = subprocess.run(
         [program("docker-compose"), *options, *command],
         env=environment(settings),
@@ -327,33 +326,11 @@ def test_compose_gives_the_runner_no_more_than_it_needs() -> None:
     assert "privileged" not in service
 
 
-def test_the_composed_runner_becomes_healthy_and_serves(
-    docker: Docker, direct: EngineDirect, names: Names, tmp_path: Path
-) -> None:
-    """On a network that leads nowhere else, with the secret from a file that only its user can read."""
-    project = names("compose")
-    settings = {
-        "DOCKER_HOST": f"unix://{docker.socket}",
-        "DOCKER_SOCKET": docker.socket,
-        "DOCKER_GID": str(os.stat(docker.socket).st_gid),
-        "DOCKER_RUNNER_IMAGE": image(docker, direct, names),
-        "DOCKER_RUNNER_SECRET": str(secret_file(tmp_path)),
-        "DOCKER_RUNNER_NETWORK": names("net"),
-    }
-    overlay = tmp_path / "impatient.yaml"
-    overlay.write_text('{version: "3.9", services: {docker-runner: {healthcheck: {interval: 1s}}}}')
-    try:
-        compose(settings, project, "up", "--detach", overlay=overlay)
-        container = docker("ps", "--quiet", f"--filter=label=com.docker.compose.project={project}")
-        docker.wait_healthy(container)
-        wire = Wire(f"http://{docker.address(container)}:7071", SECRET)
-        assert wire.request("GET", "/v1/ready", sign=False).status == 200
-        assert wire.request("GET", "/version").json == direct.request("GET", "/version").json()
-        assert direct.request("GET", f"/networks/{settings['DOCKER_RUNNER_NETWORK']}").json()["Internal"] is True
-        compose(settings, project, "stop")
-        assert docker.status(container) == 0
-    finally:
-        compose(settings, project, "down", "--volumes")
+def test_compose_looks_after_the_runner_as_the_image_does() -> None:
+    check = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["docker-runner"]["healthcheck"]
+    flags = {"--interval": "interval", "--timeout": "timeout", "--start-period": "start_period"}
+    given = " ".join(f"{flag}={check[name]}" for flag, name in flags.items())
+    assert f"HEALTHCHECK {given} CMD {json.dumps(check['test'][1:])}\n" in (ROOT / "Containerfile").read_text()
 
 
 # Kubernetes.
@@ -500,3 +477,143 @@ def test_the_users_units_command_bridges(runner: Runner, tmp_path: Path, short_f
     socket_path = f"{short_folder}/docker-runner.sock"
     with Program(command, "bridge listens", {**settings, "DOCKER_RUNNER_SHARED_SECRET": ""}, cwd=Path("/")):
         assert Engine(socket_path).answers()
+
+
+# docs/deploy.md: every block of commands runs as it stands, but for names that are this machine's.
+
+PAGE = (ROOT / "docs/deploy.md").read_text()
+BLOCKS: list[str] = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+DOCUMENTED_FILE = "docker-runner-cp311-linux_x86_64.pyz"
+
+
+def block(mark: str) -> str:
+    """The one block of the page that holds the mark."""
+    (found,) = (each for each in BLOCKS if mark in each)
+    return found.replace(DOCUMENTED_FILE, one_file().name)
+
+
+def shell(script: str, settings: dict[str, str], cwd: Path) -> str:
+    """A script run by a shell that stops at the first failure; python3 is the one that the file was made with."""
+    programs = cwd / "programs"
+    programs.mkdir(exist_ok=True)
+    if not (programs / "python3").exists():
+        (programs / "python3").symlink_to(Path(sys.executable).resolve())
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    status, said = run(["bash", "-euo", "pipefail", "-c", script], {**settings, **path}, cwd=cwd)
+    assert status == 0, said
+    return said
+
+
+def test_every_block_is_run() -> None:
+    marks = ("make dist", "pyz check", "pyz serve", "useradd", "docker build", "docker run", "docker-compose")
+    assert sorted(block(mark) for mark in marks) == sorted(
+        each.replace(DOCUMENTED_FILE, one_file().name) for each in BLOCKS
+    )
+
+
+def test_the_page_links_to_what_is_there() -> None:
+    for link in re.findall(r"\]\(([^)#]+)", PAGE):
+        assert (ROOT / "docs" / link).exists(), link
+
+
+def test_make_dist_as_documented(tmp_path: Path) -> None:
+    assert one_file().name in shell(f"cd {ROOT} && {block('make dist')}", {}, tmp_path)
+
+
+def test_the_file_as_documented(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / one_file().name).symlink_to(one_file())
+    settings = {"DOCKER_SOCKET": engine.socket, "DOCKER_RUNNER_PORT": "0"}
+    checked = block("pyz check")
+    said = shell(checked, settings, tmp_path)
+    assert "ok    engine: version" in said
+    assert "FAIL" not in said
+    exports = next(line for line in checked.splitlines() if line.startswith("export"))
+    served = ["bash", "-c", f"{exports}\nexec env {block('pyz serve')}"]
+    given = {**settings, "DOCKER_RUNNER_SHARED_SECRET": "", "PATH": f"{tmp_path}/programs:{os.environ['PATH']}"}
+    with Program(served, r"listens on (http://127\.0\.0\.1:\d+)", given, cwd=tmp_path) as running:
+        secret = (tmp_path / "secret").read_text().strip()
+        assert Wire(running.found[1], secret).request("GET", "/_ping").body == b"OK"
+
+
+def test_the_service_as_documented(tmp_path: Path) -> None:
+    """In another root folder; users and services are left alone, their commands noted."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("useradd", "systemctl"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (programs / name).chmod(0o755)
+    script = replaced(block("useradd"), ("/opt/", f"{tmp_path}/opt/"), ("/etc/", f"{tmp_path}/etc/"))
+    script = replaced(script, ("-o docker-runner", f"-o {os.geteuid()}"), ("dist/", f"{ROOT}/dist/"))
+    said = shell(script.replace(" deploy/", f" {ROOT}/deploy/"), {}, tmp_path)
+    assert said.splitlines()[-2:] == ["systemctl daemon-reload", "systemctl enable --now docker-runner"]
+    unit = (tmp_path / "etc/systemd/system/docker-runner.service").read_text()
+    for path in ("/opt/docker-runner/docker-runner.pyz", "/etc/docker-runner/secret"):
+        assert path in unit
+        assert (tmp_path / path.lstrip("/")).stat().st_size > 0
+    assert (tmp_path / "etc/docker-runner/secret").stat().st_mode & 0o777 == 0o400
+
+
+def test_the_image_as_documented(docker: Docker, direct: EngineDirect, names: Names, tmp_path: Path) -> None:
+    """Built, run, and composed; on this engine under names of this session, on a port and a network of its own."""
+    tag, name, network, port = names("image"), names(), names("net"), free_port()
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "programs").mkdir()
+    owner = "65532" if os.geteuid() == 0 else str(os.geteuid())
+    ours = [
+        ("/var/run/docker.sock:", f"{docker.socket}:"),
+        ("%g /var/run/docker.sock", f"%g {docker.socket}"),
+        ("--name docker-runner ", f"--name {name} --label docker-runner.test={names.mark} "),
+        ("127.0.0.1:7071:7071", f"127.0.0.1:{port}:7071"),
+        ("/run/secrets/docker-runner docker-runner\n", f"/run/secrets/docker-runner {tag}\n"),
+        ("-o 65532", f"-o {owner}"),
+    ]
+    built = replaced(
+        block("docker build"),
+        ("--tag docker-runner", f"--tag {tag} --network none"),
+        ("python:3.11-slim", base(direct, names)),
+    )
+    settings = {"DOCKER_HOST": f"unix://{docker.socket}", "DOCKER_BUILDKIT": "0"}
+    shell(f"cd {ROOT}\n{built}", settings, tmp_path)
+    try:
+        shell(replaced(block("docker run"), *ours), settings, tmp_path)
+        secret = (tmp_path / "deploy/secret").read_text().strip()
+        wire = Wire(f"http://127.0.0.1:{port}", secret)
+        assert wait_until(lambda: listens(port) and answers(wire), 30), docker("logs", name)
+        assert wire.request("GET", "/_ping").body == b"OK"
+        project = names("compose")
+        composed = replaced(
+            block("docker-compose"),
+            ("-p docker-runner", f"-p {project}"),
+            ("deploy/compose", f"{DEPLOY}/compose"),
+            ("%g /var/run/docker.sock", f"%g {docker.socket}"),
+        )
+        settings |= {
+            "DOCKER_SOCKET": docker.socket,
+            "DOCKER_RUNNER_IMAGE": tag,
+            "DOCKER_RUNNER_NETWORK": network,
+            "DOCKER_RUNNER_SECRET": f"{tmp_path}/deploy/secret",
+        }
+        try:
+            shell(composed, settings, tmp_path)
+            container = docker("ps", "--quiet", f"--filter=label=com.docker.compose.project={project}")
+            address = docker.address(container)
+            wire = Wire(f"http://{address}:7071", secret)
+            assert wait_until(lambda: answers(wire), 30), docker("logs", container)
+            assert wire.request("GET", "/version").json == direct.request("GET", "/version").json()
+            assert direct.request("GET", f"/networks/{network}").json()["Internal"] is True
+            lookup = "import socket; print(socket.gethostbyname('docker-runner'))"
+            caller = ["run", "--rm", f"--network={network}", "--entrypoint=python3", tag, "-c", lookup]
+            assert docker(*caller) == address
+            docker("stop", container)
+            assert docker.status(container) == 0
+        finally:
+            compose({**settings, "DOCKER_GID": "0"}, project, "down")
+    finally:
+        docker("rm", "--force", name)
+
+
+def answers(wire: Wire) -> bool:
+    try:
+        return wire.request("GET", "/v1/ready", sign=False).status == 200
+    except (OSError, AssertionError):
+        return False
