@@ -275,7 +275,7 @@ def _error(status: str, codes: list[str]) -> Json:
         "description": ", ".join(f"`{code}`" for code in codes),
         "content": {workloads.JSON: {"schema": schema}},
     }
-    if status == "503":
+    if status in ("429", "503"):
         response["headers"] = {"Retry-After": {"required": True, "schema": {"const": "1"}}}
     return response
 
