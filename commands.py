@@ -14,31 +14,19 @@ import stat
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import admission
-import audit
-import local_socket
-from auth import Keyring
-from client import __version__
 from client import sign as signed_headers
 from curl import UsageError, signed_arguments
 from settings import (
     VARIABLES,
-    Settings,
     SettingsError,
     read_engine_socket,
     read_keyring,
-    read_policies,
     read_settings,
-    read_tls,
 )
 
-if TYPE_CHECKING:
-    from runner import App
-
-__all__ = ["UsageError", "bridge", "check", "curl", "openapi", "probe", "serve", "sign"]
+__all__ = ["SHORTEST_SECRET", "UsageError", "allow_many_files", "bridge", "check", "curl", "openapi", "probe", "sign"]
 
 SHORTEST_SECRET = 16
 """Characters below which `check` calls a secret too short and `serve` warns."""
@@ -47,135 +35,7 @@ CHECK_LIMIT_S = 5.0
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where a service that listens on all addresses is asked."""
 
-_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "fatal": 50}
-
 log = logging.getLogger("docker_runner")
-
-
-def serve(create_app: "Callable[[Settings], App]", environ: Mapping[str, str]) -> int:
-    """Run the service until SIGTERM.
-
-    Raises:
-        SettingsError: a variable is missing or wrong.
-    """
-    # Late: the other commands start without it.
-    from protocols import Refusal
-    from server import BACKLOG, create_server, listen
-
-    settings = read_settings(environ)
-    level = _LEVELS[settings.log_level]
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s", stream=sys.stderr
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_name_request)
-    for chatty in ("uvicorn", "uvicorn.error", "asyncio"):
-        logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
-    try:
-        sockets = listen(settings.host, settings.port)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        reason = error.strerror or str(error)
-        raise SettingsError(f"DOCKER_RUNNER_HOST, DOCKER_RUNNER_PORT: cannot listen on {where}: {reason}") from error
-    local = None
-    if settings.local_socket:
-        try:
-            local = local_socket.listen(settings.local_socket, BACKLOG)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise SettingsError(f"DOCKER_RUNNER_LOCAL_SOCKET: {settings.local_socket}: {reason}") from error
-        local_identity = local_socket.identify(settings.local_socket)
-    _warn_of_short_secrets(settings.keyring)
-    _allow_many_files()
-    app = create_app(settings)
-
-    def reload() -> None:
-        try:
-            app.verifier.keyring = read_keyring(environ)
-        except SettingsError as error:
-            log.error("kept the old secrets: %s", error)
-        else:
-            log.info("read the secrets again: %d accepted", len(app.verifier.keyring.secrets))
-            _warn_of_short_secrets(app.verifier.keyring)
-        try:
-            app.policies = read_policies(environ)
-        except SettingsError as error:
-            log.error("kept the old policy: %s", error)
-        else:
-            log.info("read the policy again: %s", app.policies.default.name)
-        if server.tls is not None:
-            try:
-                server.tls = read_tls(environ)
-            except SettingsError as error:
-                log.error("kept the old certificate: %s", error)
-            else:
-                log.info("read the certificate again")
-
-    def started() -> None:
-        for sock in sockets:
-            host, port = sock.getsockname()[:2]
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            scheme = "http" if settings.tls is None else "https"
-            engine = settings.engine_socket
-            log.info("docker-runner %s listens on %s://%s, engine at %s", __version__, scheme, address, engine)
-        if settings.local_socket:
-            log.info("unsigned requests are taken at %s", settings.local_socket)
-
-    def refused(refusal: Refusal) -> None:
-        client = refusal.local or admission.address(refusal.client)
-        error = refusal.error
-        log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request": f"[{refusal.id}] "})
-        app.audit.record(
-            request_id=refusal.id,
-            client=client,
-            method=refusal.method,
-            target=refusal.target,
-            admitted=False,
-            error=error,
-            status=error.status,
-        )
-
-    server = create_server(
-        app,
-        head_timeout_s=settings.head_timeout_s,
-        keep_alive_s=settings.keep_alive_s,
-        grace_s=settings.grace_s,
-        max_connections=settings.max_connections,
-        tls=settings.tls,
-        local=local,
-        on_refused=refused,
-        trusted_proxies=settings.trusted_proxies,
-        on_reload=reload,
-        on_started=started,
-    )
-    try:
-        server.run(sockets)
-    finally:
-        if settings.local_socket:
-            local_socket.remove(settings.local_socket, local_identity)
-    return 0
-
-
-def _name_request(record: logging.LogRecord) -> bool:
-    """Every line about a request bears its id."""
-    if not hasattr(record, "request"):
-        current = audit.current_request.get()
-        record.request = f"[{current}] " if current else ""
-    return True
-
-
-def _warn_of_short_secrets(keyring: Keyring) -> None:
-    if any(len(secret) < SHORTEST_SECRET for _, secret in keyring.secrets):
-        log.warning(
-            "a shared secret is shorter than %d characters: make one with `openssl rand -hex 32`", SHORTEST_SECRET
-        )
-
-
-def _allow_many_files() -> None:
-    """Every caller and every stream costs two descriptors; the usual soft limit of 1,024 is soon reached."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ: Mapping[str, str]) -> int:
@@ -226,9 +86,16 @@ def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ:
         where = f"unix://{host}" if isinstance(name, str) else f"tcp://{f'[{host}]' if ':' in host else host}:{name[1]}"
         await Bridge(uplink, sock).serve(lambda: log.info("bridge listens on %s, for the runner at %s", where, url))
 
-    _allow_many_files()
+    allow_many_files()
     uvloop.run(run())
     return 0
+
+
+def allow_many_files() -> None:
+    """Every caller and every stream costs two descriptors; the usual soft limit of 1,024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _tls(files: Mapping[str, str | None]) -> ssl.SSLContext | None:

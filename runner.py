@@ -1,116 +1,18 @@
 """docker-runner: the one small process that holds the Docker socket.
 
-Builds the service from its settings (`create_app`) and is the command line. What the commands do is in `commands.py`.
+The command line. What the commands do is in `serving.py` and `commands.py`; the service itself begins in `app.py`.
 """
 
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from urllib.parse import unquote
+from collections.abc import Sequence
 
 from dotenv import load_dotenv
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 import commands
-from admission import Authentication, Limits
-from audit import Audit
-from auth import Verifier, wall_clock_ms
 from client import __version__
-from dockerapi import Engine
-from proxy import EngineFace
-from runner_face import create_runner_face
-from scope import Scopes
-from settings import Settings, SettingsError
-from workloads import Options
-
-
-class App:
-    """The whole service as one ASGI application.
-
-    `verifier` may be given new secrets while it runs, and `policies` may be replaced.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        clock_ms: Callable[[], int] = wall_clock_ms,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.engine = Engine(
-            settings.engine_socket,
-            max_connections=settings.engine_connections,
-            queue_s=settings.engine_queue_s,
-            connect_s=settings.engine_connect_s,
-        )
-        self.verifier = Verifier(
-            settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
-        )
-        self.policies = settings.policies
-        scopes = Scopes(self.engine)
-        self._engine_face = EngineFace(
-            self.engine,
-            head_s=settings.engine_head_s,
-            event_buffer=settings.event_buffer,
-            first_frame_s=settings.body_timeout_s,
-            policies=lambda: self.policies,
-            scopes=scopes,
-        )
-        options = Options(
-            default_image=settings.default_image,
-            max_output=settings.max_output,
-            head_s=settings.engine_head_s,
-            keep_alive_s=settings.sse_keep_alive_s,
-            event_buffer=settings.event_buffer,
-        )
-        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, clock)
-        limits = Limits(
-            max_body=settings.max_body,
-            max_upload=settings.max_upload,
-            max_unverified=settings.max_unverified,
-            body_timeout_s=settings.body_timeout_s,
-            max_requests=settings.max_requests,
-            max_streams=settings.max_streams,
-        )
-        self.audit = Audit(settings.audit or ("text" if sys.stdout.isatty() else "json"))
-        self._protected: ASGIApp = Authentication(
-            self._route,
-            self.verifier,
-            limits,
-            self.audit,
-            settings.path_prefix.encode(),
-            settings.local_key or None,
-        )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        else:
-            await self._protected(scope, receive, send)
-
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        target: bytes = scope["docker_runner.request"].target
-        if target.startswith(b"/v1/"):
-            # Without the prefix of a proxy in front, which is no business of the routes.
-            scope["path"] = unquote(target.partition(b"?")[0].decode("latin-1"))
-            await self._runner_face(scope, receive, send)
-        else:
-            await self._engine_face(scope, receive, send)
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        self.engine.close()
-        await send({"type": "lifespan.shutdown.complete"})
-
-
-def create_app(settings: Settings) -> App:
-    """The service. Nothing is global: two of them can live in one process."""
-    return App(settings)
+from settings import SettingsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(given)
         match options.command:
             case "serve":
-                return commands.serve(create_app, environ)
+                from serving import serve  # Late: it brings the whole service, which the others start without.
+
+                return serve(environ)
             case "check":
                 return commands.probe(options.probe, environ) if options.probe else commands.check(environ)
             case "openapi":

@@ -225,7 +225,7 @@ class TestLeaving:
         runner, bridge = pair
         before = (bridge.memory(), runner.memory())
         with bridge.connect() as lazy, bridge.connect() as lazy_too:
-            lazy.sendall(exec_request(containers, box, "yes"))
+            lazy.sendall(exec_request(containers, box, "timeout", "30", "yes"))
             lazy_too.sendall(request("GET", f"/containers/{box}/archive?path=/bin"))
             read_head(lazy)
             for _ in range(50):

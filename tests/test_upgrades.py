@@ -535,7 +535,7 @@ class TestRequest:
 
 class TestEnds:
     @pytest.mark.parametrize("manner", ["close", "abort"])
-    @pytest.mark.parametrize("script", ["sleep 600", "cat", "yes", "cat; sleep 600"])
+    @pytest.mark.parametrize("script", ["sleep 600", "cat", "timeout 10 yes", "cat; sleep 600"])
     def test_a_caller_that_leaves_takes_the_engines_connection_with_it_within_a_second(
         self, watched: Runner, containers: Containers, box: str, script: str, manner: str
     ) -> None:
@@ -557,7 +557,7 @@ class TestEnds:
     ) -> None:
         async def test() -> None:
             idle = watched.sockets()
-            async with command(watched, containers, box, "yes & sleep 600") as stream:
+            async with command(watched, containers, box, "timeout 10 yes & sleep 600") as stream:
                 writing = asyncio.ensure_future(stream.send(*[bytes(100_000)] * 100))
                 done, _ = await asyncio.wait((writing,), timeout=0.5)
                 assert not done
@@ -945,7 +945,7 @@ class TestHostileCallers:
     def test_a_frame_that_is_not_masked_is_refused(self, watched: Runner, containers: Containers, box: str) -> None:
         async def test() -> None:
             idle = watched.sockets()
-            async with command(watched, containers, box, "yes") as stream:
+            async with command(watched, containers, box, "timeout 10 yes") as stream:
                 stream.socket.transport.write(b"\x82\x04data")
                 await stream.to_end()
                 assert stream.close_code == 1002

@@ -208,7 +208,7 @@ def test_log_to_pid_1(wire: Wire, bash_box: str) -> None:
 
 def test_output_past_the_limit(image: str, box: str, tuned: Wire) -> None:
     assert len(run(tuned, box, "head -c 100000 /dev/zero | tr '\\0' a")["stdout"]) == 100_000
-    reply = tuned.post("/v1/exec/run", containerId=box, command="yes")
+    reply = tuned.post("/v1/exec/run", containerId=box, command="timeout 10 yes")
     refused(reply, 413, "output_too_large")
 
 
