@@ -19,6 +19,8 @@ from conftest import EngineDirect, Names
 from service import Runner, signed_head
 
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"))
+RUNNERS_OWN = "x-request-id"
+"""The one header that the runner adds to what the engine answers."""
 TWIN = "TWIN"
 """Stands in a target or body for the name of the twin that is asked about."""
 JSON = {"Content-Type": "application/json"}
@@ -268,6 +270,7 @@ def _fields(response: requests.Response) -> list[tuple[str, str]]:
 
 def _seen(status: int, fields: list[tuple[str, str]], body: bytes) -> Seen:
     kept = [(name.lower(), value) for name, value in fields if name.lower() not in HOP_BY_HOP]
+    kept = [field for field in kept if field[0] != RUNNERS_OWN]
     return Seen(status, sorted((name, "a date" if name == "date" else value) for name, value in kept), body)
 
 
