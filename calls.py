@@ -164,7 +164,10 @@ class Calls:
         if response.status < 300 or response.status in accept:
             return response
         with response:
-            raise self.failure(response.status, asked.revealed(await response.read(MAX_ANSWER)), thing)
+            refusal = asked.revealed(await response.read(MAX_ANSWER))
+            if label:
+                refusal = await self._scopes.of(label).redacted(operation, response.status, refusal)
+            raise self.failure(response.status, refusal, thing)
 
     async def is_own_event(self) -> Callable[[bytes], Awaitable[bool]]:
         """Tells of which lines of the engine's events the caller may know."""

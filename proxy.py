@@ -29,6 +29,8 @@ from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
 _READING = ("GET", "HEAD")
+MAX_EVENT = 64 * 1024 * 1024
+"""Security limit: bytes of one event that is held to see whose it is; that of an exec holds its whole command."""
 # What may last for as long as nothing happens, and the parameter, if any, that says whether it does, with its default.
 _LASTING = {
     "SystemEvents": None,
@@ -103,8 +105,9 @@ class EngineFace:
             is_own = await self._scopes.of(label).events() if label and operation.kind is Kind.EVENTS else None
             response = await self._ask(request, operation, asked)
         with response:
-            if asked.hidden is not None:
-                await _reveal(response, asked, send)
+            if label and (asked.hidden is not None or response.status == 409):
+                body = asked.revealed(await response.read(MAX_INSPECTED))
+                await _give(response, await self._scopes.of(label).redacted(operation, response.status, body), send)
                 return
             if operation.kind is Kind.HIJACK and response.status == 200:
                 with self._witness.watching() as line:
@@ -158,9 +161,8 @@ def _in_query(target: bytes, name: str, default: str) -> str:
     return found[0].strip() if found else default
 
 
-async def _reveal(response: EngineResponse, asked: Narrowed, send: Send) -> None:
-    """Give the engine's answer about an object that is not there, with the caller's name for it."""
-    body = asked.revealed(await response.read(MAX_INSPECTED))
+async def _give(response: EngineResponse, body: bytes, send: Send) -> None:
+    """Give the engine's answer with another body: with the caller's words for what is missing, or without others'."""
     headers = [field for field in end_to_end(response.headers, HOP_BY_HOP) if field[0].lower() != b"content-length"]
     headers.append((b"Content-Length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
@@ -182,7 +184,10 @@ async def _relay(
     """
     if response.failure is not None:
         raise response.failure  # Broken before anything of it was passed on: that can still be said.
-    framer = LineFramer() if kind in _CUT_AT_LINES and response.status == 200 else None
+    framer = None
+    if kind in _CUT_AT_LINES and response.status == 200:
+        # Whose an event is can be said of the whole of it only.
+        framer = LineFramer() if is_own is None else LineFramer(max_line=MAX_EVENT)
     headers = end_to_end(response.headers, HOP_BY_HOP)
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     try:
@@ -195,6 +200,8 @@ async def _relay(
             if framer is not None:
                 chunk = framer.feed(chunk) + (framer.tail() if ended else b"")
             if is_own is not None:
+                if framer is not None and framer.within_line:
+                    raise RunnerError("engine_garbage", f"an event is longer than {MAX_EVENT} bytes")
                 chunk = b"".join([line for line in chunk.splitlines(keepends=True) if await is_own(line)])
             if chunk or ended:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not ended})

@@ -14,6 +14,7 @@ import json
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -32,8 +33,11 @@ LOOK_UP_S = 30.0
 """Seconds for the engine to say who owns something."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ID = re.compile(r"[0-9a-f]{64}")
+_IN_USE_BY = re.compile(rb'(?<=container )(?:\\")?([0-9a-f]{64}|[0-9a-f]{12})\b')
 _SHARED_NETWORKS = ("", "default", "bridge", "none", "host")
 """`host` is a matter of rules."""
+_NO_START_BODY = 7
+"""Bytes: nothing that means something to the engine is as short; dockerode sends such."""
 _USES_VOLUMES = frozenset(("VolumeCreate", "VolumeDelete", "VolumePrune", "ContainerCreate"))
 
 
@@ -107,6 +111,14 @@ class _Network(msgspec.Struct, rename="pascal"):
 class _Volume(msgspec.Struct, rename="pascal"):
     name: str
     labels: dict[str, str] | None = None
+    created_at: str = ""
+
+    def created_s(self) -> float:
+        """Since when it is there, as far as is known; whole seconds since the epoch."""
+        try:
+            return datetime.fromisoformat(self.created_at).timestamp()
+        except ValueError:
+            return 0
 
 
 class _Volumes(msgspec.Struct, rename="pascal"):
@@ -126,6 +138,7 @@ class _Event(msgspec.Struct):
     type: str = msgspec.field(default="", name="Type")
     action: str = msgspec.field(default="", name="Action")
     actor: _Actor = msgspec.field(default=_Actor(), name="Actor")
+    time: int = 0
 
 
 class Scope:
@@ -157,6 +170,10 @@ class Scope:
         rewritten = Narrowed(target)
         if operation.template.startswith(("/containers/{", "/exec/{", "/networks/{", "/volumes/{")):
             await self._resolve_path(operation, rewritten)
+        if operation.id in ("ContainerCreate", "ContainerRename"):
+            for parameter, name in _pairs(query):
+                if parameter == "name":
+                    _check_no_id(name.removeprefix("/"))
         match operation.id:
             case "ContainerList" | "NetworkList" | "VolumeList" | "ContainerPrune" | "NetworkPrune" | "VolumePrune":
                 rewritten.target = path + b"?" + await self._filtered(query)
@@ -167,11 +184,19 @@ class Scope:
                 self._own(found)
                 if operation.id == "VolumeCreate":
                     await self._check_free(found.get(_key(found, "Name")) or "")
+                else:
+                    _check_network(found)
                 rewritten.body = _encoded(found)
             case "NetworkConnect" | "NetworkDisconnect":
                 found = _object(body)
                 await self._replace(found, "Container", self._own_container)
+                if operation.id == "NetworkConnect":
+                    key = _key(found, "EndpointConfig")
+                    found[key] = _endpoint(found.get(key), operations.parameter(operation, rewritten.target))
                 rewritten.body = _encoded(found)
+            case "ContainerStart" if len(body) > _NO_START_BODY:
+                # Up to API 1.23 it holds another HostConfig, which names volumes and containers.
+                raise RunnerError("policy_denied", "within a scope, ContainerStart takes no body")
             case "ImageCommit":
                 rewritten.target = path + b"?" + await self._with_own(query, "container", self._own_container)
             case "ImageBuild":
@@ -211,17 +236,22 @@ class Scope:
 
     async def volume(self, name: str) -> str | None:
         """The name, if it is that of the caller's volume."""
+        found = await self._volume(name)
+        return None if found is None else found.name
+
+    async def _volume(self, name: str) -> _Volume | None:
         if not _NAME.fullmatch(name):
             return None
-        found = await self._get(f"/volumes/{quote(name, safe='')}", _Volume)
-        return found.name if found is not None and self._owns(found.labels) else None
+        found: _Volume | None = await self._get(f"/volumes/{quote(name, safe='')}", _Volume)
+        return found if found is not None and self._owns(found.labels) else None
 
     async def exec(self, name: str) -> str | None:
         """The id, if it is that of an exec in the caller's container."""
         if not _ID.fullmatch(name):
             return None
         found = await self._get(f"/exec/{name}/json", _Exec)
-        return name if found is not None and await self.container(found.container) is not None else None
+        # By its whole id: another's container may be gone, and its id be the name of one of the caller's.
+        return name if found is not None and await self.container(found.container) == found.container else None
 
     async def _own_container(self, name: str) -> str:
         found = await self.container(name)
@@ -230,8 +260,8 @@ class Scope:
         return found
 
     async def _mode(self, mode: str) -> str:
-        """A network mode that names what is the caller's."""
-        if mode in _SHARED_NETWORKS or ":" in mode:
+        """A network mode that names what is the caller's. A colon may stand in a network's name, too."""
+        if mode in _SHARED_NETWORKS or mode.startswith("container:"):
             return await self._namespace(mode)
         found = await self.network(mode)
         if found is None:
@@ -273,12 +303,21 @@ class Scope:
             key = _key(host, kind)
             if host.get(key):
                 host[key] = [await self._leading(each) for each in host[key]]
-        endpoints = found.get(_key(found, "NetworkingConfig")) or {}
-        key = _key(endpoints, "EndpointsConfig")
-        if endpoints.get(key):
-            endpoints[key] = {await self._mode(name): settings for name, settings in endpoints[key].items()}
+        await self._own_networks(found, host.get(_key(host, "NetworkMode")) or "")
         await self._own_volumes(host)
         return _encoded(found)
+
+    async def _own_networks(self, found: dict[str, Any], mode: str) -> None:
+        """Endpoints of a create, each bound to its network's id: see `_endpoint`."""
+        networking = found.get(_key(found, "NetworkingConfig")) or {}
+        key = _key(networking, "EndpointsConfig")
+        endpoints = networking.get(key) or {}
+        if not endpoints and _ID.fullmatch(mode):
+            endpoints = {mode: {}}
+        if endpoints:
+            resolved = [(await self._mode(name), settings) for name, settings in endpoints.items()]
+            networking[key] = {id_: _endpoint(settings, id_) for id_, settings in resolved}
+            found[_key(found, "NetworkingConfig")] = networking
 
     async def _leading(self, reference: str) -> str:
         name, colon, rest = reference.partition(":")
@@ -298,7 +337,7 @@ class Scope:
             if colon and _NAME.fullmatch(name):
                 await self._own_volume(name, host.get(_key(host, "VolumeDriver")) or "local", {})
         for mount in host.get(_key(host, "Mounts")) or []:
-            if mount.get(_key(mount, "Type"), "").lower() != "volume":
+            if (mount.get(_key(mount, "Type")) or "").lower() != "volume":
                 continue
             options = mount.get(_key(mount, "VolumeOptions")) or {}
             driver = options.get(_key(options, "DriverConfig")) or {}
@@ -331,11 +370,21 @@ class Scope:
             if name in filters:
                 filters[name] = [await self._own_container(each) for each in filters[name]]
         kept = [(name, value) for name, value in pairs if name not in ("filters", "before", "since")]
-        return urlencode([*kept, ("filters", msgspec.json.encode(filters).decode())]).encode()
+        return _query([*kept, ("filters", msgspec.json.encode(filters).decode())])
 
     async def _with_own(self, query: bytes, parameter: str, find: Callable[[str], Awaitable[str]]) -> bytes:
         pairs = [(name, await find(value) if name == parameter else value) for name, value in _pairs(query)]
-        return urlencode(pairs).encode()
+        return _query(pairs)
+
+    # Refusals.
+
+    async def redacted(self, operation: Operation, status: int, body: bytes) -> bytes:
+        """A refusal of the engine, without the ids of others' containers: the name or the image is in use by one."""
+        if status == 409 and operation.id in ("ContainerCreate", "ContainerRename", "ImageDelete"):
+            for id_ in set(_IN_USE_BY.findall(body)):
+                if await self.container(id_.decode()) is None:
+                    body = body.replace(id_, b"of others")
+        return body
 
     # Events.
 
@@ -344,37 +393,53 @@ class Scope:
 
         A container's event carries its labels. A network's or a volume's does not, and when it is gone nobody can be
         asked. So those that are there are noted now, before the stream is opened, and again with its first line, and
-        each that comes later is.
+        each that comes later is. What was told of a volume's name before the volume was there was of another.
         """
-        own: dict[str, set[str]] = {"network": set(), "volume": set()}
-        begun = False
+        own: dict[str, dict[str, float]] = {"network": {}, "volume": {}}
+        others: dict[str, set[str]] = {"network": set(), "volume": set()}
+        """Looked for, and not found: until it is destroyed, or something is created."""
+        noting: asyncio.Task[None] | None = None
 
         async def note() -> None:
             networks = await self._get(f"/networks?filters={self._filter}", list[_Network]) or []
             volumes = await self._get(f"/volumes?filters={self._filter}", _Volumes) or _Volumes()
-            own["network"].update(each.id for each in networks)
-            own["volume"].update(each.name for each in volumes.volumes or [])
+            own["network"].update({each.id: 0 for each in networks})
+            own["volume"].update({each.name: each.created_s() for each in volumes.volumes or []})
+
+        async def look_up(kind: str, id_: str) -> None:
+            if kind == "network":
+                if await self.network(id_) == id_:
+                    own[kind][id_] = 0
+            elif (found := await self._volume(id_)) is not None:
+                own[kind][id_] = found.created_s()
 
         async def is_own(line: bytes) -> bool:
-            nonlocal begun
-            if not begun:
-                begun = True
-                await note()
-            event = msgspec.json.decode(line, type=_Event)
+            # Waiting is for networks and volumes only: meanwhile events pile up, and those of execs may be long.
+            nonlocal noting
+            if noting is None:
+                noting = asyncio.ensure_future(note())
+            try:
+                event = msgspec.json.decode(line, type=_Event)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return False
             if event.type == "container":
                 return event.actor.attributes.get(self._name) == self._value
             if event.type not in own:
                 return event.type == "image"
+            await noting
             known, id_ = own[event.type], event.actor.id
+            if event.action == "create":
+                others[event.type].discard(id_)
+            if id_ not in known and id_ not in others[event.type] and event.action != "destroy":
+                await look_up(event.type, id_)
+                if id_ not in known:
+                    others[event.type].add(id_)
+            is_known = id_ in known and event.time >= known[id_]
             if event.action == "destroy":
-                was_known = id_ in known
-                known.discard(id_)
-                return was_known
-            if id_ not in known:
-                find = self.network if event.type == "network" else self.volume
-                if await find(id_) == id_:
-                    known.add(id_)
-            return id_ in known
+                others[event.type].discard(id_)
+                if is_known:
+                    del known[id_]
+            return is_known
 
         await note()
         return is_own
@@ -420,6 +485,33 @@ def _key(found: Iterable[str], field: str) -> str:
 
 def _pairs(query: bytes) -> list[tuple[str, str]]:
     return parse_qsl(query.decode("latin-1"), keep_blank_values=True, errors="surrogateescape")
+
+
+def _query(pairs: list[tuple[str, str]]) -> bytes:
+    return urlencode(pairs, errors="surrogateescape").encode()
+
+
+def _endpoint(settings: dict[str, Any] | None, id_: str) -> dict[str, Any]:
+    """The settings of a container in a network, bound to the network's id.
+
+    The engine joins the network that they name, before the one that was asked for; where they name none it keeps the
+    network's *name*, and looks for that at each start: by then it may be another's name, or be another's id.
+    """
+    bound = {name: value for name, value in (settings or {}).items() if folded(name) != "networkid"}
+    return {**bound, "NetworkID": id_} if _ID.fullmatch(id_) else bound
+
+
+def _check_network(found: dict[str, Any]) -> None:
+    """What a network is made from is named by its name only, which several may have."""
+    _check_no_id(found.get(_key(found, "Name")) or "")
+    if found.get(_key(found, "ConfigFrom")):
+        raise RunnerError("policy_denied", "within a scope, NetworkCreate takes no ConfigFrom")
+
+
+def _check_no_id(name: str) -> None:
+    """What refers to a thing of others by its id would find this one, once that is gone."""
+    if _ID.fullmatch(name):
+        raise RunnerError("policy_denied", "within a scope, nothing may have a name that reads as an id")
 
 
 def _filters(text: str) -> dict[str, list[str]]:

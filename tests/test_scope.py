@@ -7,6 +7,7 @@ import base64
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -336,6 +337,161 @@ class TestWhatIsMade:
         assert error(answer) == (404, f"No such container: {box[0]}")
 
 
+class TestNetworks:
+    """The engine keeps a container's networks by name, and joins at its start what has that name, or that id, then."""
+
+    @pytest.fixture
+    def theirs(self, blue: Tenant, names: Names) -> tuple[str, str]:
+        name = names("net")
+        return name, blue.do("POST", "/networks/create", {"Name": name, "Labels": names.labels})["Id"]
+
+    @pytest.fixture
+    def ours(self, green: Tenant, names: Names) -> str:
+        id_: str = green.do("POST", "/networks/create", {"Name": names("net"), "Labels": names.labels})["Id"]
+        return id_
+
+    def joined(self, direct: EngineDirect, container: str) -> set[str]:
+        networks = direct.request("GET", f"/containers/{container}/json").json()["NetworkSettings"]["Networks"]
+        return {network["NetworkID"] for network in networks.values() if network["EndpointID"]}
+
+    @pytest.mark.parametrize("field", ["NetworkID", "networkid"])
+    @pytest.mark.parametrize("mode", ["its own", "bridge"])
+    def test_a_create_joins_the_network_that_it_names(
+        self, green: Tenant, direct: EngineDirect, make: Make, theirs: tuple[str, str], ours: str, mode: str, field: str
+    ) -> None:
+        host = {"NetworkMode": ours if mode == "its own" else mode}
+        endpoints = {host["NetworkMode"]: {field: theirs[1]}}
+        id_ = make(green, HostConfig=host, NetworkingConfig={"EndpointsConfig": endpoints})[1]
+        assert len(self.joined(direct, id_)) == 1
+        assert theirs[1] not in self.joined(direct, id_)
+
+    @pytest.mark.parametrize("start", [True, False])
+    def test_a_connect_joins_the_network_that_it_names(
+        self, green: Tenant, direct: EngineDirect, make: Make, theirs: tuple[str, str], ours: str, start: bool
+    ) -> None:
+        id_ = make(green, start=start, HostConfig={"NetworkMode": "bridge"})[1]
+        body = {"Container": id_, "EndpointConfig": {"NetworkID": theirs[1]}}
+        green.do("POST", f"/networks/{ours}/connect", body, status=200)
+        green.do("POST", f"/containers/{id_}/start", status=304 if start else 204)
+        assert ours in self.joined(direct, id_)
+        assert theirs[1] not in self.joined(direct, id_)
+
+    @pytest.mark.parametrize("named", ["as theirs", "as the beginning of their id"])
+    @pytest.mark.parametrize("by", ["create", "connect"])
+    def test_a_start_joins_no_other_network_once_ones_own_is_gone(
+        self,
+        green: Tenant,
+        direct: EngineDirect,
+        make: Make,
+        theirs: tuple[str, str],
+        names: Names,
+        named: str,
+        by: str,
+    ) -> None:
+        body = {"Name": theirs[0] if named == "as theirs" else theirs[1][:12], "Labels": names.labels}
+        own = green.do("POST", "/networks/create", body)["Id"]
+        id_ = make(green, start=False, HostConfig={"NetworkMode": own if by == "create" else "bridge"})[1]
+        if by == "connect":
+            green.do("POST", f"/networks/{own}/connect", {"Container": id_}, status=200)
+        green.do("DELETE", f"/networks/{own}", status=204)
+        assert error(green.ask("POST", f"/containers/{id_}/start")) == (404, f"network {own} not found")
+        assert theirs[1] not in self.joined(direct, id_)
+
+    def test_a_network_of_the_same_name_does_not_keep_a_container_from_starting(
+        self, blue: Tenant, green: Tenant, direct: EngineDirect, make: Make, theirs: tuple[str, str], names: Names
+    ) -> None:
+        id_ = make(blue, start=False, HostConfig={"NetworkMode": theirs[0]})[1]
+        green.do("POST", "/networks/create", {"Name": theirs[0], "Labels": names.labels})
+        blue.do("POST", f"/containers/{id_}/start", status=204)
+        assert self.joined(direct, id_) == {theirs[1]}
+
+    def test_a_colon_in_a_networks_name_leads_nowhere(
+        self, blue: Tenant, green: Tenant, image: str, names: Names
+    ) -> None:
+        name = f"{names('net')}:more"
+        blue.do("POST", "/networks/create", {"Name": name, "Labels": names.labels})
+        body = {"Image": image, "Labels": names.labels, "HostConfig": {"NetworkMode": name}}
+        assert error(green.ask("POST", "/containers/create", body)) == (404, f"network {name} not found")
+        assert blue.ask("POST", "/containers/create", body).status == 201
+
+    def test_no_network_is_made_from_one_that_is_known_by_name_only(
+        self, blue: Tenant, green: Tenant, names: Names
+    ) -> None:
+        name = names("net")
+        blue.do("POST", "/networks/create", {"Name": name, "Labels": names.labels, "ConfigOnly": True})
+        body = {"Name": names("net"), "Labels": names.labels, "ConfigFrom": {"Network": name}}
+        assert green.ask("POST", "/networks/create", body).status == 403
+
+    def test_nothing_is_named_as_an_id(self, green: Tenant, image: str, box: tuple[str, str], make: Make) -> None:
+        """When what has the id is gone, containers that refer to it by its id would refer to this."""
+        own = make(green, start=False)[1]
+        for target, body in (
+            ("/networks/create", {"Name": box[1]}),
+            (f"/containers/create?name={box[1]}", {"Image": image}),
+            (f"/containers/create?name=/{box[1]}", {"Image": image}),
+            (f"/containers/{own}/rename?name={box[1]}", None),
+        ):
+            assert green.ask("POST", target, body).status == 403, target
+
+
+class TestStarts:
+    @pytest.mark.parametrize("version", ["/v1.12", "/v1.23", ""])
+    def test_a_body_of_a_start_brings_in_nothing_of_others(
+        self, blue: Tenant, green: Tenant, direct: EngineDirect, box: tuple[str, str], make: Make, version: str
+    ) -> None:
+        id_ = make(green, start=False)[1]
+        before = direct.request("GET", f"/containers/{id_}/json").json()["HostConfig"]
+        for host in ({"VolumesFrom": [box[0]]}, {"PidMode": f"container:{box[1]}"}):
+            answer = green.ask("POST", f"{version}/containers/{id_}/start", host)
+            assert (answer.status, json.loads(answer.body)["error"]["code"]) == (403, "policy_denied")
+        assert direct.request("GET", f"/containers/{id_}/json").json()["HostConfig"] == before
+        green.do("POST", f"/containers/{id_}/start", {}, status=204)
+
+
+class TestRefusals:
+    """That a name is taken can be seen; by which container cannot."""
+
+    def test_a_name_in_use_does_not_tell_whose_it_is(
+        self, blue: Tenant, green: Tenant, image: str, box: tuple[str, str], make: Make
+    ) -> None:
+        own = make(green, start=False)[1]
+        for tenant, container, tells in ((green, own, False), (blue, box[1], True)):
+            create = tenant.ask("POST", f"/containers/create?name={box[0]}", {"Image": image})
+            other = make(tenant, start=False)[1] if tells else container
+            rename = tenant.ask("POST", f"/containers/{other}/rename?name={box[0]}")
+            for answer in (create, rename):
+                assert answer.status == 409
+                assert (box[1] in error(answer)[1]) == tells, answer.body
+        start = {"image": image, "name": box[0], "networkMode": "none"}
+        answer = green.ask("POST", "/v1/containers/start", start)
+        assert answer.status == 409
+        assert box[1].encode() not in answer.body
+
+    def test_an_image_in_use_does_not_tell_by_whose_container(
+        self, blue: Tenant, green: Tenant, image: str, names: Names
+    ) -> None:
+        base = blue.do("POST", "/containers/create", {"Image": image, "Cmd": ["true"], "Labels": names.labels})["Id"]
+        query = f"container={base}&repo={names('image')}&tag=in-use"
+        tagged = blue.do("POST", f"/commit?{query}", {"Labels": names.labels})["Id"]
+        used = blue.do("POST", "/containers/create", {"Image": tagged, "Cmd": ["true"], "Labels": names.labels})["Id"]
+        for tenant, tells in ((green, False), (blue, True)):
+            answer = tenant.ask("DELETE", f"/images/{tagged}")
+            assert answer.status == 409
+            assert (used[:12] in error(answer)[1]) == tells, answer.body
+        blue.do("DELETE", f"/containers/{used}", status=204)
+        blue.do("DELETE", f"/images/{tagged}?force=1", status=200)
+
+    @pytest.mark.parametrize("query", ["name=%ff", "filters=null", "filters=[]", 'filters={"label":null}'])
+    def test_a_query_that_means_nothing_is_no_defect(self, green: Tenant, query: str) -> None:
+        assert green.ask("GET", f"/containers/json?{quote(query, safe='=%')}").status in (200, 400)
+
+    def test_a_mount_without_a_type_is_the_engines_to_refuse(self, green: Tenant, image: str) -> None:
+        mount = {"Type": None, "Target": "/data"}
+        assert (
+            green.ask("POST", "/containers/create", {"Image": image, "HostConfig": {"Mounts": [mount]}}).status == 400
+        )
+
+
 class TestLists:
     """Lists and prunes are narrowed, whatever filters the caller gives."""
 
@@ -450,6 +606,33 @@ class TestEvents:
             ("volume", "create", volume),
         ):
             assert seen.count(wanted) == 1, (wanted, seen)
+
+    def test_an_event_of_others_may_be_long(
+        self, blue: Tenant, green: Tenant, box: tuple[str, str], make: Make
+    ) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", green.port, timeout=20)
+        connection.request("GET", "/events", headers=sign(green.secret, "GET", "/events", key=green.name))
+        response = connection.getresponse()
+        command = ["true", "<" * 400_000]  # Six bytes each, as the engine writes it.
+        blue.do("POST", f"/containers/{box[0]}/exec", {"Cmd": command})
+        own = make(green, start=False)[1]
+        assert json.loads(response.readline())["Actor"]["ID"] == own
+        connection.close()
+
+    def test_what_had_a_volumes_name_before_is_not_told(
+        self, blue: Tenant, green: Tenant, direct: EngineDirect, names: Names, make: Make
+    ) -> None:
+        volume = names("vol")
+        blue.do("POST", "/volumes/create", {"Name": volume, "Labels": names.labels})
+        container = make(blue, HostConfig={"Binds": [f"{volume}:/data"]})[1]
+        blue.do("DELETE", f"/containers/{container}?force=1", status=204)
+        blue.do("DELETE", f"/volumes/{volume}", status=204)
+        gone = int(time.time())  # The engine tells of a volume's age in whole seconds.
+        assert wait_until(lambda: int(time.time()) > gone, 5)
+        green.do("POST", "/volumes/create", {"Name": volume, "Labels": names.labels})
+        query = f"since={gone - 60}&until={int(time.time()) + 1}"
+        told = [json.loads(line) for line in green.ask("GET", f"/events?{query}").body.splitlines()]
+        assert [event["Action"] for event in told if event["Actor"]["ID"] == volume] == ["create"]
 
 
 class TestRunnerFace:
