@@ -3,6 +3,7 @@
 Whatever the one asks for of the other's, the answer is the engine's own for what does not exist.
 """
 
+import asyncio
 import base64
 import http.client
 import json
@@ -15,11 +16,13 @@ from urllib.parse import quote
 import pytest
 from websockets.sync.client import connect
 
+import dockerapi
 import operations
 from client import body_hash, sign
 from conftest import EngineDirect, Names
 from dev import wait_until
 from dev.engine import Engine
+from scope import Scopes
 from service import Answer, Runner
 
 LABEL = "com.example.tenant"
@@ -448,6 +451,35 @@ class TestStarts:
         green.do("POST", f"/containers/{id_}/start", {}, status=204)
 
 
+class TestTop:
+    """The engine runs ps(1) with the caller's options, on all of the host."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            "-C sleep -o args,pid",
+            "-p 1 -o args= -o pid",
+            "-e -o lstart=A -o pid",
+            "-e -o tty=A\fB -o pid",
+            "-eo pid,args,pid",
+            "-eo args,pid",
+            "-eM",
+            "-e -o %a%p",
+            "ax k pid",
+        ],
+    )
+    def test_tells_of_no_process_of_others(self, blue: Tenant, green: Tenant, make: Make, options: str) -> None:
+        own = make(green)[1]
+        for extra in ("", "&ps_args=aux"):
+            answer = green.ask("GET", f"/containers/{own}/top?ps_args={quote(options)}{extra}")
+            assert (answer.status, json.loads(answer.body)["error"]["code"]) == (403, "policy_denied")
+
+    @pytest.mark.parametrize("options", ["", "aux", "-ef", "-e -f", "-eo pid,args", "-o pid,user", "ax -o pid,comm"])
+    def test_takes_what_is_usual(self, blue: Tenant, box: tuple[str, str], options: str) -> None:
+        found = blue.do("GET", f"/containers/{box[0]}/top?ps_args={quote(options)}", status=200)
+        assert len(found["Processes"]) == 1
+
+
 class TestRefusals:
     """That a name is taken can be seen; by which container cannot."""
 
@@ -669,6 +701,16 @@ class TestRunnerFace:
         extras = {"HostConfig": {"VolumesFrom": [box[0]]}}
         body = {"image": image, "networkMode": "none", "createExtras": extras}
         assert error(green.ask("POST", "/v1/containers/start", body)) == (404, f"No such container: {box[0]}")
+
+
+def test_who_has_no_scope_waits_for_nobody_where_nobody_has_one() -> None:
+    async def both() -> None:
+        scopes = Scopes(dockerapi.Engine("/nowhere", max_connections=1, queue_s=1, connect_s=1))
+        create = next(operation for operation in operations.OPERATIONS if operation.id == "ContainerCreate")
+        async with asyncio.timeout(5), scopes.turn(create, ""), scopes.turn(create, ""):
+            pass
+
+    asyncio.run(both())
 
 
 def test_a_restart_forgets_nothing(engine: Engine, scoped: Runner, box: tuple[str, str]) -> None:
