@@ -18,7 +18,7 @@ import rules
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from policy import Policy
-from scope import Narrowed, Scopes
+from scope import MAX_EVENT, Narrowed, Scopes
 
 R = TypeVar("R")
 
@@ -159,6 +159,8 @@ class Calls:
             asked = Narrowed(target.encode())
             if label:
                 asked = await self._scopes.of(label).narrow(operation, target.encode(), inspected)
+                if "buffer_limit" in stream:
+                    stream["buffer_limit"] = max(stream["buffer_limit"], MAX_EVENT)
             body = body if asked.body is None else asked.body
             response = await self.engine.request(method.encode(), asked.target, headers, body, **stream)
         if response.status < 300 or response.status in accept:

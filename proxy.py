@@ -23,14 +23,12 @@ from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from operations import Kind, Operation
 from policy import Policies
-from scope import Narrowed, Scopes
+from scope import MAX_EVENT, Narrowed, Scopes
 from streams import LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
 _READING = ("GET", "HEAD")
-MAX_EVENT = 64 * 1024 * 1024
-"""Security limit: bytes of one event that is held to see whose it is; that of an exec holds its whole command."""
 # What may last for as long as nothing happens, and the parameter, if any, that says whether it does, with its default.
 _LASTING = {
     "SystemEvents": None,
@@ -103,7 +101,8 @@ class EngineFace:
                 )
                 return
             is_own = await self._scopes.of(label).events() if label and operation.kind is Kind.EVENTS else None
-            response = await self._ask(request, operation, asked)
+            event_buffer = max(self._event_buffer, MAX_EVENT) if label else self._event_buffer
+            response = await self._ask(request, operation, asked, event_buffer)
         with response:
             if label and (asked.hidden is not None or response.status == 409):
                 body = asked.revealed(await response.read(MAX_INSPECTED))
@@ -115,7 +114,7 @@ class EngineFace:
             else:
                 await _relay(response, operation.kind, connection, send, is_own=is_own)
 
-    async def _ask(self, request: Request, operation: Operation, asked: Narrowed) -> EngineResponse:
+    async def _ask(self, request: Request, operation: Operation, asked: Narrowed, event_buffer: int) -> EngineResponse:
         """Send the request to the engine, as it was narrowed."""
         connection = request.connection
         if operation.kind is Kind.HIJACK and any(name == b"upgrade" for name, _ in request.headers):
@@ -136,7 +135,7 @@ class EngineFace:
             _body(request) if asked.body is None else asked.body,
             length=request.body.size,
             head_s=self._head_s if operation.quick else None,
-            buffer_limit=self._event_buffer if operation.kind is Kind.EVENTS else None,
+            buffer_limit=event_buffer if operation.kind is Kind.EVENTS else None,
             on_overflow=connection.abort,
         )
 

@@ -29,6 +29,9 @@ from strict_json import folded
 
 MAX_ANSWER = 64 * 1024 * 1024
 """Bytes of an engine's answer that is looked into."""
+MAX_EVENT = 64 * 1024 * 1024
+"""Security limit: bytes of one event that is held to see whose it is, and of all that wait for that. That of an exec
+holds its whole command, and those of others must not cut a caller off."""
 LOOK_UP_S = 30.0
 """Seconds for the engine to say who owns something."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

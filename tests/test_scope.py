@@ -645,7 +645,7 @@ class TestEvents:
         connection = http.client.HTTPConnection("127.0.0.1", green.port, timeout=20)
         connection.request("GET", "/events", headers=sign(green.secret, "GET", "/events", key=green.name))
         response = connection.getresponse()
-        command = ["true", "<" * 400_000]  # Six bytes each, as the engine writes it.
+        command = ["true", "<" * 200_000]  # Six bytes each, as the engine writes it.
         blue.do("POST", f"/containers/{box[0]}/exec", {"Cmd": command})
         own = make(green, start=False)[1]
         assert json.loads(response.readline())["Actor"]["ID"] == own
