@@ -479,9 +479,10 @@ def _policy(table: dict[str, Any], base: Policy, place: tuple[str, ...]) -> Poli
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise _Wrong((*place, "preset"), f"must be one of {', '.join(PRESETS)}")
-        base = msgspec.structs.replace(PRESETS[preset], key=base.key)
+        # The scope stays: a preset says what may be done, not whose things they are.
+        base = msgspec.structs.replace(PRESETS[preset], key=base.key, scope=base.scope)
     operations = _section(table.pop("operations", {}), _Operations(), (*place, "operations"))
-    fields: dict[str, Any] = {"unrestricted": base.unrestricted and not table}
+    fields: dict[str, Any] = {"unrestricted": base.unrestricted and not table and not base.scope.label}
     for name in ("allow", "deny"):
         try:
             named = _ids([pattern for pattern in getattr(operations, name) if pattern != _STANDING])

@@ -33,6 +33,11 @@ _VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _WHOLE_HOST = '[container] binds = [{path = "/", below = true}]'
 
 
+_FLAGS = r"-?[AacdefFHjlLTuvwx]+"
+_PS_ARGS = re.compile(rf"({_FLAGS}( {_FLAGS})*)?|(-?[aAdewx]+ )?-?[aAdewx]*o ?pid(,(?!pid\b)[a-z]+)*")
+"""Options of ps(1) with which nothing that holds a blank stands before the process id, whose column has one name."""
+
+
 class Asked(msgspec.Struct, frozen=True):
     """A request as rules see it: what its path names, its query, and (of those that need it) its body."""
 
@@ -220,6 +225,18 @@ _SINGLE = frozenset(
 """Parameters of which the engine takes the first; others may stand several times."""
 
 
+def container_top(policy: Policy, asked: Asked) -> None:
+    """`ContainerTop`: the options of ps(1).
+
+    The engine runs ps on all of the host, and keeps the lines whose so-many-th word is a process of the container: so
+    many as the head has before `PID`. Where a value has more words, any word of any process is compared, or told as
+    being no number.
+    """
+    if not all(_PS_ARGS.fullmatch(options) for options in asked.query.get("ps_args", "").split("\n")):
+        reason = "ContainerTop takes plain flags, or a list of columns that begins with pid (`-o pid,args`)"
+        raise RunnerError("policy_denied", f"the policy denies these options: {reason}")
+
+
 def parameters(target: bytes) -> dict[str, str]:
     """The query as the engine reads it. A parameter that stands twice is given as its lines.
 
@@ -249,6 +266,7 @@ RULES: Mapping[str, Rule] = {
     "ContainerUpdate": container_update,
     "ContainerStart": container_start,
     "ContainerExec": container_exec,
+    "ContainerTop": container_top,
     "VolumeCreate": volume_create,
     "NetworkCreate": network_create,
     "NetworkConnect": network_connect,

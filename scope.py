@@ -41,9 +41,6 @@ _SHARED_NETWORKS = ("", "default", "bridge", "none", "host")
 """`host` is a matter of rules."""
 _NO_START_BODY = 7
 """Bytes: nothing that means something to the engine is as short; dockerode sends such."""
-_FLAGS = r"-?[AacdefFHjlLTuvwx]+"
-_PS_ARGS = re.compile(rf"({_FLAGS}( {_FLAGS})*)?|(-?[aAdewx]+ )?-?[aAdewx]*o ?pid(,(?!pid\b)[a-z]+)*")
-"""Options of ps(1) with which nothing that holds a blank stands before the process id, whose column has one name."""
 _USES_VOLUMES = frozenset(("VolumeCreate", "VolumeDelete", "VolumePrune", "ContainerCreate"))
 
 
@@ -210,8 +207,6 @@ class Scope:
                 rewritten.target = path + b"?" + await self._with_own(query, "container", self._own_container)
             case "ImageBuild":
                 rewritten.target = path + b"?" + await self._with_own(query, "networkmode", self._mode)
-            case "ContainerTop":
-                _check_top(query)
             case "SystemDataUsage":
                 raise RunnerError("policy_denied", "within a scope, SystemDataUsage would tell what others use")
         return rewritten
@@ -510,18 +505,6 @@ def _endpoint(settings: dict[str, Any] | None, id_: str) -> dict[str, Any]:
     """
     bound = {name: value for name, value in (settings or {}).items() if folded(name) != "networkid"}
     return {**bound, "NetworkID": id_} if _ID.fullmatch(id_) else bound
-
-
-def _check_top(query: bytes) -> None:
-    """The engine runs ps on all of the host, and keeps the lines whose so-many-th word is a process of the container.
-
-    So many as the head has before `PID`: where a value has more words, any word of any process is compared, or told
-    as being no number.
-    """
-    for name, value in _pairs(query):
-        if name == "ps_args" and not _PS_ARGS.fullmatch(value):
-            reason = "within a scope, ContainerTop takes plain flags, or a list of columns that begins with pid"
-            raise RunnerError("policy_denied", reason)
 
 
 def _check_network(found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from app import create_app
 from auth import Keyring
 from client import __version__
 from commands import SHORTEST_SECRET, allow_many_files
+from policy import Policies
 from protocols import Refusal
 from server import BACKLOG, create_server, listen
 from settings import Settings, SettingsError, read_keyring, read_policies, read_settings, read_tls
@@ -32,6 +33,7 @@ def serve(environ: Mapping[str, str]) -> int:
     sockets = _listen(settings)
     local = _listen_locally(settings)
     _warn_of_short_secrets(settings.keyring)
+    _tell_of_nobodys(settings.policies, settings.keyring)
     allow_many_files()
     service = _Service(settings, environ, sockets, local)
     identity = local_socket.identify(settings.local_socket) if local else (0, 0)
@@ -103,6 +105,7 @@ class _Service:
             log.error("kept the old policy: %s", error)
         else:
             log.info("read the policy again: %s", self._app.policies.default.name)
+        _tell_of_nobodys(self._app.policies, self._app.verifier.keyring)
         if self.server.tls is not None:
             try:
                 self.server.tls = read_tls(self._environ)
@@ -162,6 +165,12 @@ def _listen_locally(settings: Settings) -> socket.socket | None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError(f"DOCKER_RUNNER_LOCAL_SOCKET: {settings.local_socket}: {reason}") from error
+
+
+def _tell_of_nobodys(policies: Policies, keyring: Keyring) -> None:
+    """A policy of a key that is not there: misspelt, perhaps, and then the key has the default policy."""
+    for name in policies.keys.keys() - {owner for owner, _ in keyring.secrets}:
+        log.error("the policy [keys.%s] is nobody's: no secret has that name", name)
 
 
 def _warn_of_short_secrets(keyring: Keyring) -> None:

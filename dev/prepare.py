@@ -248,7 +248,7 @@ def _introduce(engine: Engine, settings: Mapping[str, str]) -> None:
     else:
         say("secret", settings.get("DOCKER_RUNNER_SHARED_SECRET_FILE", "none set in .env"))
     script = shlex.quote(str(CHECKOUT / "examples" / "run-a-container.sh"))
-    say("try it", f"in another terminal:\n\n    sh {script}\n")
+    say("try it", f"in another terminal, once it listens:\n\n    sh {script}\n")
 
 
 def prepare_tests() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -469,6 +470,29 @@ def test_check_tells_of_a_key_that_nobody_has(serve: Callable[..., "subprocess.C
 # Whose it is.
 
 MONITORING = "a-secret-for-monitoring-0123456789"
+
+
+def test_a_key_keeps_the_files_scope_whatever_its_preset() -> None:
+    keys = '[keys.a]\npreset = "everything"\n[keys.b.scope]\nlabel = ""\n[keys.c.scope]\nlabel = "team=c"\n'
+    policies = parse(f'[scope]\nlabel = "team=all"\n{keys}')
+    assert [policies.of(name).scope.label for name in (None, "a", "b", "c")] == ["team=all", "team=all", "", "team=c"]
+    assert not policies.of("a").unrestricted
+
+
+@pytest.mark.parametrize("options", ["-o args,pid", "-C sh -o args,pid", "-eo args,pid", "ax k pid"])
+def test_a_list_of_processes_tells_of_none_of_the_host(options: str) -> None:
+    for query in (quote(options), f"aux&ps_args={quote(options)}"):
+        target = f"/containers/x/top?ps_args={query}"
+        found = refusal(PRESETS["workloads"], "ContainerTop", target)
+        assert found is not None
+        assert found.code == "policy_denied"
+    assert refusal(PRESETS["workloads"], "ContainerTop", "/containers/x/top?ps_args=-o%20pid,args") is None
+
+
+def test_a_policy_of_no_key_is_told(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text('[keys.monitorng]\npreset = "read-only"\n')
+    with Runner(engine.socket, {"DOCKER_RUNNER_POLICY": str(tmp_path / "policy.toml")}) as runner:
+        runner.wait_for_log("the policy [keys.monitorng] is nobody's")
 
 
 @pytest.fixture(scope="module")

@@ -236,6 +236,25 @@ class TestRequests:
         assert most - before < 16 * MIB
 
 
+def test_the_health_check_asks_by_tls(secure: Runner) -> None:
+    environ = {**secure.environ, "DOCKER_RUNNER_PORT": str(secure.port)}
+    for option in ("--health", "--ready"):
+        command = [sys.executable, str(ROOT / "runner.py"), "check", option]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        assert (done.returncode, "https://127.0.0.1" in done.stdout) == (0, True), done.stdout
+
+
+def test_the_health_check_asks_at_the_local_socket_where_callers_need_a_certificate(
+    engine: Engine, server: Pair, authority: Authority, short_folder: Path
+) -> None:
+    local = str(short_folder / "health.sock")
+    settings = served_with(server, TLS_CLIENT_CA=authority.certificate, LOCAL_SOCKET=local)
+    with Runner(engine.socket, settings) as runner:
+        command = [sys.executable, str(ROOT / "runner.py"), "check", "--ready"]
+        done = subprocess.run(command, env=runner.environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
 class TestEnds:
     def test_callers_that_never_read_are_let_go(
         self, scripted: ScriptedEngine, server: Pair, trusting: ssl.SSLContext
