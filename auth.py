@@ -27,7 +27,6 @@ Headers = Sequence[tuple[bytes, bytes]]
 MAX_SHOWN = 4096
 """Bytes of a string to sign up to which a refusal repeats it."""
 STREAMING = client.STREAMING.encode()
-UNSIGNED_PATHS = (b"/v1/health", b"/v1/ready")
 _SINGLE = frozenset(
     (
         b"x-dr-timestamp",

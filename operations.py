@@ -45,6 +45,10 @@ class Operation(msgspec.Struct, frozen=True):
     kind: Kind = Kind.PLAIN
     quick: bool = False
     """The engine begins its answer at once, so that a time limit on its head is safe."""
+    lasting: bool | tuple[str, str] = False
+    """It may last for as long as nothing happens: always, or where this parameter (and its default) says so."""
+    named_by: str = ""
+    """The parameter of the query that names the object, where the path does not."""
     upgrade: str = "tcp"
     """HIJACK: the protocol that the engine is asked to upgrade to."""
     max_segments: int = 1
@@ -62,17 +66,17 @@ OPERATIONS: tuple[Operation, ...] = (
     _quick("SystemPingHead", "HEAD", "/_ping"),
     _quick("SystemVersion", "GET", "/version"),
     _quick("SystemInfo", "GET", "/info"),
-    Operation("SystemEvents", "GET", "/events", Kind.EVENTS),
+    Operation("SystemEvents", "GET", "/events", Kind.EVENTS, lasting=True),
     Operation("SystemDataUsage", "GET", "/system/df"),
     Operation("SystemAuth", "POST", "/auth"),
     _quick("ContainerList", "GET", "/containers/json"),
-    Operation("ContainerCreate", "POST", "/containers/create"),
+    Operation("ContainerCreate", "POST", "/containers/create", named_by="name"),
     _quick("ContainerInspect", "GET", "/containers/{id}/json"),
     _quick("ContainerTop", "GET", "/containers/{id}/top"),
-    Operation("ContainerLogs", "GET", "/containers/{id}/logs"),
+    Operation("ContainerLogs", "GET", "/containers/{id}/logs", lasting=("follow", "")),
     Operation("ContainerChanges", "GET", "/containers/{id}/changes"),
     Operation("ContainerExport", "GET", "/containers/{id}/export"),
-    Operation("ContainerStats", "GET", "/containers/{id}/stats", Kind.LINES),
+    Operation("ContainerStats", "GET", "/containers/{id}/stats", Kind.LINES, lasting=("stream", "1")),
     _quick("ContainerResize", "POST", "/containers/{id}/resize"),
     Operation("ContainerStart", "POST", "/containers/{id}/start"),
     Operation("ContainerStop", "POST", "/containers/{id}/stop"),
@@ -82,23 +86,23 @@ OPERATIONS: tuple[Operation, ...] = (
     _quick("ContainerRename", "POST", "/containers/{id}/rename"),
     Operation("ContainerPause", "POST", "/containers/{id}/pause"),
     Operation("ContainerUnpause", "POST", "/containers/{id}/unpause"),
-    Operation("ContainerAttach", "POST", "/containers/{id}/attach", Kind.HIJACK),
-    Operation("ContainerWait", "POST", "/containers/{id}/wait"),
+    Operation("ContainerAttach", "POST", "/containers/{id}/attach", Kind.HIJACK, lasting=True),
+    Operation("ContainerWait", "POST", "/containers/{id}/wait", lasting=True),
     Operation("ContainerDelete", "DELETE", "/containers/{id}", max_segments=2),
     Operation("ContainerArchiveInfo", "HEAD", "/containers/{id}/archive"),
     Operation("ContainerArchive", "GET", "/containers/{id}/archive"),
     Operation("PutContainerArchive", "PUT", "/containers/{id}/archive"),
     Operation("ContainerPrune", "POST", "/containers/prune"),
     _quick("ContainerExec", "POST", "/containers/{id}/exec"),
-    Operation("ExecStart", "POST", "/exec/{id}/start", Kind.HIJACK),
+    Operation("ExecStart", "POST", "/exec/{id}/start", Kind.HIJACK, lasting=True),
     _quick("ExecResize", "POST", "/exec/{id}/resize"),
     _quick("ExecInspect", "GET", "/exec/{id}/json"),
     _quick("ImageList", "GET", "/images/json"),
-    Operation("ImageBuild", "POST", "/build", Kind.PROGRESS),
-    Operation("Session", "POST", "/session", Kind.HIJACK, upgrade="h2c"),
-    Operation("Grpc", "POST", "/grpc", Kind.HIJACK, upgrade="h2c"),
+    Operation("ImageBuild", "POST", "/build", Kind.PROGRESS, named_by="t"),
+    Operation("Session", "POST", "/session", Kind.HIJACK, lasting=True, upgrade="h2c"),
+    Operation("Grpc", "POST", "/grpc", Kind.HIJACK, lasting=True, upgrade="h2c"),
     Operation("BuildPrune", "POST", "/build/prune"),
-    Operation("ImageCreate", "POST", "/images/create", Kind.PROGRESS),
+    Operation("ImageCreate", "POST", "/images/create", Kind.PROGRESS, named_by="fromImage"),
     Operation("ImageInspect", "GET", "/images/{name}/json", quick=True, max_segments=_ANY),
     Operation("ImageHistory", "GET", "/images/{name}/history", quick=True, max_segments=_ANY),
     Operation("ImagePush", "POST", "/images/{name}/push", Kind.PROGRESS, max_segments=_ANY),

@@ -233,6 +233,8 @@ class Policy(_Section, frozen=True):
     """The preset that it began from, for messages."""
     allowed: frozenset[str]
     """Ids of operations."""
+    denied: frozenset[str] = frozenset()
+    """Of operations, those that its own `deny` takes away, whatever it allows."""
     key: str = ""
     """The named key that it is of, for messages."""
     unrestricted: bool = False
@@ -254,7 +256,9 @@ class Policy(_Section, frozen=True):
             RunnerError: `policy_denied`.
         """
         if operation.id not in self.allowed:
-            self.deny("operations", operation.id, f'[operations] allow = ["{_STANDING}", "{operation.id}"]')
+            allow = f'[operations] allow = ["{_STANDING}", "{operation.id}"]'
+            without = f"[operations] deny, without what names {operation.id},"
+            self.deny("operations", operation.id, without if operation.id in self.denied else allow)
 
     def permit_version(self, version: tuple[int, int] | None) -> None:
         """Refuse a version of the API from before the engine knew what it should not take.
@@ -492,6 +496,7 @@ def _policy(table: dict[str, Any], base: Policy, place: tuple[str, ...]) -> Poli
             fields["allowed"] = named | (base.allowed if _STANDING in operations.allow else frozenset())
         else:
             fields["allowed"] -= named
+            fields["denied"] = named
     for name, value in table.items():
         standing = getattr(base, name, None)
         if isinstance(standing, _Section):

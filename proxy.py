@@ -29,19 +29,7 @@ from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
 _READING = ("GET", "HEAD")
-# What may last for as long as nothing happens, and the parameter, if any, that says whether it does, with its default.
-_LASTING = {
-    "SystemEvents": None,
-    "ContainerLogs": ("follow", ""),
-    "ContainerStats": ("stream", "1"),
-    "ContainerWait": None,
-    "ContainerAttach": None,
-    "ExecStart": None,
-    "Session": None,
-    "Grpc": None,
-}
 _FALSE = ("", "0", "no", "false", "none")
-_NAMED_IN_QUERY = {"ContainerCreate": "name", "ImageCreate": "fromImage", "ImageBuild": "t"}
 
 
 class EngineFace:
@@ -142,17 +130,16 @@ class EngineFace:
 
 def _lasts(operation: Operation, target: bytes) -> bool:
     """Whether this is a stream that may last, or a request with an end of its own."""
-    if operation.id not in _LASTING:
-        return False
-    parameter = _LASTING[operation.id]
-    return parameter is None or _in_query(target, *parameter).lower() not in _FALSE
+    if isinstance(operation.lasting, bool):
+        return operation.lasting
+    return _in_query(target, *operation.lasting).lower() not in _FALSE
 
 
 def _named(operation: Operation, target: bytes) -> str:
     """The object of an operation: what its path names, or its query."""
     if "{" in operation.template:
         return operations.parameter(operation, target)
-    return _in_query(target, _NAMED_IN_QUERY.get(operation.id, ""), "")
+    return _in_query(target, operation.named_by, "")
 
 
 def _in_query(target: bytes, name: str, default: str) -> str:

@@ -477,6 +477,8 @@ def _bind(policy: Policy, rule: str, source: str, options: Iterable[str]) -> Non
     rules = policy.container
     given = [option for option in options if option]
     if not rules.bind_allowed(source, read_only="ro" in given and "rw" not in given):
+        if rules.bind_allowed(source, read_only=True):
+            rule = f"{rule} that is not `ro`"
         plain = source.startswith("/") and posixpath.normpath("/" + source.strip("/")) == re.sub("/+", "/", source)
         policy.deny(rule, source, f"[[container.binds]] path = {toml(source)}" if plain else _WHOLE_HOST)
     for option in given:

@@ -25,6 +25,7 @@ from typing import Any
 
 from peers import ROOT, SECRET, bridge, connect, runner
 from websockets.sync.client import connect as connect_websocket
+from websockets.typing import Subprotocol
 
 sys.path.insert(0, str(ROOT))
 
@@ -101,7 +102,7 @@ class Signed(Plain):
         with connect_websocket(
             f"ws://{host}:{port}{target}",
             additional_headers=headers,
-            subprotocols=["docker-runner.stream.v1"],  # type: ignore[list-item]
+            subprotocols=[Subprotocol("docker-runner.stream.v1")],
             compression=None,
             ping_interval=None,
             max_size=None,

@@ -472,6 +472,24 @@ def test_check_tells_of_a_key_that_nobody_has(serve: Callable[..., "subprocess.C
 MONITORING = "a-secret-for-monitoring-0123456789"
 
 
+def test_where_a_deny_takes_an_operation_away_the_refusal_names_it() -> None:
+    policies = parse('[operations]\ndeny = ["*Prune"]\n[keys.a.operations]\nallow = ["...", "ContainerPrune"]\n')
+    found = refusal(policies.default, "ContainerPrune", "/containers/prune")
+    assert found is not None
+    assert found.details is not None
+    assert found.details["allow"] == "[operations] deny, without what names ContainerPrune,"
+    assert refusal(policies.of("a"), "ContainerPrune", "/containers/prune") is None
+
+
+def test_a_writable_bind_of_what_may_be_read_names_the_way_out() -> None:
+    policy = parse('[container]\nbinds = [{path = "/srv/data", read_only = true}]\n').default
+    asked = {"Image": "x", "HostConfig": {"Binds": ["/srv/data:/data"]}}
+    found = refusal(policy, "ContainerCreate", "/containers/create", asked)
+    assert found is not None
+    assert "denies HostConfig.Binds that is not `ro`: '/srv/data'" in found.message
+    assert created(policy, Binds=["/srv/data:/data:ro"])
+
+
 def test_a_key_keeps_the_files_scope_whatever_its_preset() -> None:
     keys = '[keys.a]\npreset = "everything"\n[keys.b.scope]\nlabel = ""\n[keys.c.scope]\nlabel = "team=c"\n'
     policies = parse(f'[scope]\nlabel = "team=all"\n{keys}')

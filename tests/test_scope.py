@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import pytest
 from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 import dockerapi
 import operations
@@ -200,7 +201,7 @@ class TestNames:
         with connect(
             f"ws://127.0.0.1:{green.port}{target}",
             additional_headers=sign(green.secret, "GET", target, key=green.name, content_hash=body_hash(b"")),
-            subprotocols=["docker-runner.stream.v1"],  # type: ignore[list-item]
+            subprotocols=[Subprotocol("docker-runner.stream.v1")],
             proxy=None,
         ) as stream:
             stream.send("")
