@@ -1,17 +1,14 @@
-"""What callers may ask for: the policy as frozen structs, its presets, and how its file is read. Pure functions.
+"""What callers may ask for: the policy as frozen structs, its presets, and its words. Pure functions.
 
-The defaults of the structs *are* the preset `workloads`: what cannot reach the host is allowed, what can is not. A
-policy file (TOML) begins from a preset and says what differs; `[keys.NAME]` gives a named key its own. The rules that
-hold requests against it are in `rules.py`.
+The defaults of the structs *are* the preset `workloads`: what cannot reach the host is allowed, what can is not. How a
+policy file is read is in `policy_file.py`; the rules that hold requests against a policy, in `rules.py`.
 """
 
 import ipaddress
 import json
-import posixpath
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -22,14 +19,14 @@ Patterns = tuple[str, ...]
 """Names, in which `*` stands for anything, and every other character for itself. In a policy file, `...` in a list
 stands for what the list holds without the file."""
 
-_STANDING = "..."
+STANDING = "..."
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of a policy."""
 
 
-class Bind(_Section, frozen=True):
+class Bind(Section, frozen=True):
     """A folder of the host that may be mounted. `below`: those below it too, and whoever can write in there can reach
     the whole host through a symbolic link, which the engine follows. `read_only` is of the folder itself: what the
     host has mounted below it may stay writable (before Engine 25.0, or API 1.44)."""
@@ -39,7 +36,7 @@ class Bind(_Section, frozen=True):
     read_only: bool = False
 
 
-class Container(_Section, frozen=True):
+class Container(Section, frozen=True):
     """`[container]`: what a create or an update may ask for."""
 
     privileged: bool = False
@@ -112,7 +109,7 @@ class Container(_Section, frozen=True):
         """Whether these ports of the host may be published; 0 is one that the engine chooses."""
         if "*" in self.ports:
             return True
-        for low, high in sorted(_port_range(pattern) for pattern in self.ports):
+        for low, high in sorted(port_range(pattern) for pattern in self.ports):
             if low <= first <= high:
                 first = high + 1
             if first > last:
@@ -120,19 +117,20 @@ class Container(_Section, frozen=True):
         return False
 
 
-def _port_range(pattern: str) -> tuple[int, int]:
+def port_range(pattern: str) -> tuple[int, int]:
+    """The first and the last of a pattern of ports."""
     first, _, last = pattern.partition("-")
     return int(first), int(last or first)
 
 
-class Exec(_Section, frozen=True):
+class Exec(Section, frozen=True):
     """`[exec]`."""
 
     privileged: bool = False
     users: Patterns = ("*",)
 
 
-class Images(_Section, frozen=True):
+class Images(Section, frozen=True):
     """`[images]`: which may be pulled, run, saved, pushed, and given as a name. With patterns, what hides its names
     (loads, builds) needs a word of its own."""
 
@@ -172,7 +170,7 @@ class Images(_Section, frozen=True):
 _ID = re.compile(r"(sha256:)?[0-9a-f]+")
 
 
-class Volume(_Section, frozen=True):
+class Volume(Section, frozen=True):
     """`[volume]`."""
 
     drivers: Patterns = ("local",)
@@ -180,7 +178,7 @@ class Volume(_Section, frozen=True):
     """Beside those of a tmpfs."""
 
 
-class Network(_Section, frozen=True):
+class Network(Section, frozen=True):
     """`[network]`."""
 
     drivers: Patterns = ("bridge",)
@@ -219,14 +217,14 @@ def _holds(outer: _Subnet, inner: _Subnet) -> bool:
     return isinstance(inner, ipaddress.IPv6Network) and inner.subnet_of(outer)
 
 
-class Ownership(_Section, frozen=True):
+class Ownership(Section, frozen=True):
     """`[scope]`: only what carries the label is seen and touched, and what is made gets it. See `scope.py`."""
 
     label: str = ""
     """`NAME=VALUE`; empty: there is no scope."""
 
 
-class Policy(_Section, frozen=True):
+class Policy(Section, frozen=True):
     """All of it. Beside the sections:"""
 
     name: str
@@ -256,7 +254,7 @@ class Policy(_Section, frozen=True):
             RunnerError: `policy_denied`.
         """
         if operation.id not in self.allowed:
-            allow = f'[operations] allow = ["{_STANDING}", "{operation.id}"]'
+            allow = f'[operations] allow = ["{STANDING}", "{operation.id}"]'
             without = f"[operations] deny, without what names {operation.id},"
             self.deny("operations", operation.id, without if operation.id in self.denied else allow)
 
@@ -283,7 +281,7 @@ class Policy(_Section, frozen=True):
             RunnerError: `policy_denied`.
         """
         if self.key:
-            place = f"keys.{_toml_key(self.key)}"
+            place = f"keys.{toml_key(self.key)}"
             head, bracket, rest = allow.partition("]")
             if bracket and allow.startswith("["):
                 brackets = head.rpartition("[")
@@ -296,13 +294,13 @@ class Policy(_Section, frozen=True):
         """The line of policy that lets values into a list: `[section] name = [...]`, with what the list holds."""
         standing: Patterns = getattr(getattr(self, section), name)
         usual = getattr(getattr(PRESETS[self.name], section), name)
-        held = () if not standing else (_STANDING,) if standing == usual else standing
+        held = () if not standing else (STANDING,) if standing == usual else standing
         return f"[{section}] {name} = [{', '.join([*map(toml, held), *map(_toml_pattern, values)])}]"
 
 
 def refusal(whose: str, rule: str, value: object, allow: str) -> RunnerError:
     """What a policy says where it denies; arguments as `Policy.deny`."""
-    shown, line = _plain(repr(value)[:200]), _plain(allow)
+    shown, line = plain(repr(value)[:200]), plain(allow)
     return RunnerError(
         "policy_denied",
         f"{whose} denies {rule}: {shown} (`{line}` would allow it)",
@@ -317,14 +315,15 @@ def toml(text: str) -> str:
 
 def _toml_pattern(value: str) -> str:
     """A pattern for a value: itself, or what it begins with where nobody would want to read it."""
-    return toml("..*" if value == _STANDING else value if len(value) <= 100 else value[:80] + "*")
+    return toml("..*" if value == STANDING else value if len(value) <= 100 else value[:80] + "*")
 
 
-def _toml_key(name: str) -> str:
+def toml_key(name: str) -> str:
+    """A name as a policy file writes it before `=`, or in the head of a table."""
     return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml(name)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that UTF-8 can hold, whatever bytes a path held."""
     return text.encode("utf-8", "replace").decode()
 
@@ -362,7 +361,7 @@ def _matches(value: str, pattern: str) -> bool:
     return True
 
 
-def _ids(allow: Sequence[str], deny: Sequence[str] = ()) -> frozenset[str]:
+def ids(allow: Sequence[str], deny: Sequence[str] = ()) -> frozenset[str]:
     """The operations that patterns name.
 
     Raises:
@@ -385,12 +384,12 @@ _READING = (
 _ANY: Patterns = ("*",)
 
 PRESETS: Mapping[str, Policy] = {
-    "read-only": Policy(name="read-only", allowed=_ids(_READING, ("SystemAuth",))),
+    "read-only": Policy(name="read-only", allowed=ids(_READING, ("SystemAuth",))),
     # What BuildKit does over Session and Grpc no policy can see: calls of HTTP/2, and reads of the caller's files.
-    "workloads": Policy(name="workloads", allowed=_ids(_ANY, ("Session", "Grpc"))),
+    "workloads": Policy(name="workloads", allowed=ids(_ANY, ("Session", "Grpc"))),
     "everything": Policy(
         name="everything",
-        allowed=_ids(_ANY),
+        allowed=ids(_ANY),
         unrestricted=True,
         strict=False,
         min_api_version="0.0",
@@ -423,180 +422,6 @@ PRESETS: Mapping[str, Policy] = {
         network=Network(drivers=_ANY, options=_ANY, subnets=_ANY),
     ),
 }
-
-
-class _Operations(_Section, frozen=True):
-    allow: Patterns = (_STANDING,)
-    deny: Patterns = ()
-
-
-class PolicyError(Exception):
-    """A policy file is wrong; the message names the line, if it is known, and the reason."""
-
-
-class _Wrong(Exception):  # noqa: N818
-    """What is wrong, and where: the names of tables and of a key, from the outside in."""
-
-    def __init__(self, place: tuple[str, ...], reason: str) -> None:
-        super().__init__(reason)
-        self.place = place
-
-
-def parse(text: str) -> Policies:
-    """A policy file.
-
-    Raises:
-        PolicyError: it is not TOML, or says what no policy can say.
-    """
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.fullmatch(r"(.*) \((?:at line (\d+), column \d+|at end of document)\)", str(error), re.DOTALL)
-        line = (found and found[2]) or text.count("\n") + 1
-        reason = f"line {line}: not TOML: {found[1] if found else error}"
-        raise PolicyError(_plain(reason)) from error
-    except (ValueError, RecursionError) as error:  # A number of too many digits, brackets in brackets without end.
-        raise PolicyError(f"not TOML: {error}") from error
-    try:
-        keys = _table(document.pop("keys", {}), ("keys",))
-        default = _policy(document, PRESETS["workloads"], ())
-        return Policies(
-            default,
-            {
-                name: _policy(_table(table, ("keys", name)), msgspec.structs.replace(default, key=name), ("keys", name))
-                for name, table in keys.items()
-            },
-        )
-    except _Wrong as error:
-        where = ".".join(_toml_key(part) for part in error.place)
-        raise PolicyError(_plain(f"line {_line_of(text, error.place)}: {where}: {error}")) from error
-
-
-def _table(value: Any, place: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _Wrong(place, f"must be a table, [{'.'.join(place)}]")
-    return dict(value)
-
-
-def _policy(table: dict[str, Any], base: Policy, place: tuple[str, ...]) -> Policy:
-    preset = table.pop("preset", None)
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise _Wrong((*place, "preset"), f"must be one of {', '.join(PRESETS)}")
-        # The scope stays: a preset says what may be done, not whose things they are.
-        base = msgspec.structs.replace(PRESETS[preset], key=base.key, scope=base.scope)
-    operations = _section(table.pop("operations", {}), _Operations(), (*place, "operations"))
-    fields: dict[str, Any] = {"unrestricted": base.unrestricted and not table and not base.scope.label}
-    for name in ("allow", "deny"):
-        try:
-            named = _ids([pattern for pattern in getattr(operations, name) if pattern != _STANDING])
-        except ValueError as error:
-            raise _Wrong((*place, "operations", name), str(error)) from error
-        if name == "allow":
-            fields["allowed"] = named | (base.allowed if _STANDING in operations.allow else frozenset())
-        else:
-            fields["allowed"] -= named
-            fields["denied"] = named
-    for name, value in table.items():
-        standing = getattr(base, name, None)
-        if isinstance(standing, _Section):
-            fields[name] = _section(value, standing, (*place, name))
-        elif name in ("strict", "min_api_version"):
-            fields[name] = _converted(value, type(standing), (*place, name))
-        else:
-            raise _Wrong((*place, name), "a policy has no such part")
-    policy = msgspec.structs.replace(base, **fields)
-    _check(policy, place)
-    return policy
-
-
-def _section(value: Any, standing: Any, place: tuple[str, ...]) -> Any:
-    """A section with what the file says of it in place of what stands."""
-    said = _table(value, place)
-    types = {field.name: field.type for field in msgspec.structs.fields(standing)}
-    for name, item in said.items():
-        if name not in types:
-            raise _Wrong((*place, name), "there is no such rule")
-        said[name] = _converted(item, types[name], (*place, name))
-        if types[name] == Patterns:
-            held = getattr(standing, name)
-            said[name] = tuple(
-                each for pattern in said[name] for each in (held if pattern == _STANDING else (pattern,))
-            )
-    return msgspec.structs.replace(standing, **said)
-
-
-def _converted(value: Any, kind: Any, place: tuple[str, ...]) -> Any:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _Wrong(place, str(error)) from error
-
-
-def _check(policy: Policy, place: tuple[str, ...]) -> None:
-    """What types do not say.
-
-    Raises:
-        _Wrong: the first that is wrong.
-    """
-
-    def wrong(*name_and_reason: str) -> NoReturn:
-        *name, reason = name_and_reason
-        raise _Wrong((*place, *name), reason)
-
-    if not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", policy.min_api_version):
-        wrong("min_api_version", 'must be a version, such as "1.24"')
-    if policy.scope.label and not re.fullmatch(r"[^=\s,]+=[^\s,]+", policy.scope.label):
-        wrong("scope", "label", "must be NAME=VALUE, without blanks and commas")
-    rules = policy.container
-    for bind in rules.binds:
-        if bind.path != posixpath.normpath(bind.path) or not bind.path.startswith("/") or bind.path.startswith("//"):
-            wrong("container", "binds", f"{bind.path!r} is no plain absolute path")
-    for ports in rules.ports:
-        if ports != "*" and not (
-            re.fullmatch(r"[0-9]{1,5}(-[0-9]{1,5})?", ports)
-            and sorted((*_port_range(ports), 65535)) == [*_port_range(ports), 65535]
-        ):
-            wrong("container", "ports", f"{ports!r} is no port and no range")
-    for limit in ("max_memory", "max_cpus", "max_pids"):
-        value = getattr(rules, limit)
-        if value < 0 or value != value or value > _MOST:
-            wrong("container", limit, "must be 0 (none) or more")
-    for pattern in rules.namespaces:
-        if not re.fullmatch(r"\*|(network|pid|ipc|uts|user|cgroup):.+", pattern):
-            wrong("container", "namespaces", f'{pattern!r} is no KIND:MODE, such as "network:host"')
-    for subnet in policy.network.subnets:
-        try:
-            if subnet != "*":
-                ipaddress.ip_network(subnet)
-        except ValueError:
-            wrong("network", "subnets", f'{subnet!r} is no subnet, such as "10.0.0.0/8"')
-
-
-_MOST = 1 << 62
-"""More than any engine takes."""
-
-
-def _line_of(text: str, place: tuple[str, ...]) -> str:
-    """The line of a policy file that says something, or that its table begins at; `?` where neither is written so."""
-    tables: tuple[str, ...] = ()
-    found = "?"
-    for number, line in enumerate(text.split("\n"), 1):
-        if header := re.match(r"\s*\[+([^\]#]*)\]", line):
-            tables = said = _keys(header[1])
-        elif assigned := re.match(r"\s*([^=#]*?)\s*=", line):
-            said = (*tables, *_keys(assigned[1]))
-        else:
-            continue
-        if said[: len(place)] == place:
-            return str(number)
-        if found == "?" and said and said == place[: len(said)]:
-            found = str(number)
-    return found
-
-
-def _keys(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in re.findall(r"\s*(\"[^\"]*\"|'[^']*'|[^.]+)\s*\.?", dotted))
 
 
 def completed(reference: str) -> tuple[str, str, str]:

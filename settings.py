@@ -15,8 +15,9 @@ import msgspec
 
 import audit
 from auth import Keyring
-from policy import PRESETS, Policies, PolicyError
-from policy import parse as parse_policy
+from policy import PRESETS, Policies
+from policy_file import PolicyError
+from policy_file import parse as parse_policy
 
 MIB = 1024 * 1024
 MAX_SOCKET_PATH = 107

@@ -30,7 +30,7 @@ from dev import wait_until
 from dev.engine import Engine
 from errors import RunnerError
 from operations import OPERATIONS
-from policy import parse
+from policy_file import parse
 from rules import RULES
 from service import ROOT, Answer, Runner
 from upgraded import socket_of

@@ -21,7 +21,8 @@ from client import sign
 from conftest import EngineDirect, Names
 from dev.engine import Engine
 from errors import RunnerError
-from policy import PRESETS, Bind, Policy, PolicyError, parse
+from policy import PRESETS, Bind, Policy
+from policy_file import PolicyError, parse
 from rules import check
 from service import ROOT, SECRET, Runner
 

@@ -16,7 +16,7 @@ import operations
 import rules
 import strict_json
 from errors import RunnerError
-from policy import parse
+from policy_file import parse
 
 LOOKED_INTO: list[type[msgspec.Struct]] = [
     *(bodies.ContainerCreate, bodies.ContainerUpdate, bodies.ContainerExec),
