@@ -1,4 +1,4 @@
-"""What ASGI cannot hold: a thin subclass of uvicorn's HTTP and WebSocket protocols and its request cycle.
+"""What ASGI cannot hold: a thin subclass of uvicorn's HTTP protocol and its request cycle.
 
 uvicorn 0.54 as it stands has no limit on a head's size or time, answers parse errors as text, loses a target's lone
 `?`, fragment and host, and queues pipelined requests (and then never notices that the caller has gone). Here:
@@ -14,26 +14,18 @@ uvicorn 0.54 as it stands has no limit on a head's size or time, answers parse e
 
 import asyncio
 import functools
-import os
 import re
-import select
-import socket
-import struct
-import time
 from asyncio import TimerHandle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
-# Before uvicorn imports websockets, which stops at 8 KiB a line, and then hangs. No line is as long as a whole head.
-os.environ["WEBSOCKETS_MAX_LINE_LENGTH"] = str(2 * 65_536)  # MAX_HEAD
-
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
-from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from callers import LOOK_S, Callback, Caller, abort, hung_up, peer, well_formed_id
 from errors import RunnerError
+from websocket_protocol import WebSocket
 
 MAX_TARGET = 65_535
 """Security limit: bytes of a request target."""
@@ -50,20 +42,10 @@ LINGER_S = 1.0
 """Seconds for that."""
 CLOSE_S = 30.0
 """Seconds that a caller may take to read the rest of a last answer."""
-LOOK_S = 0.5
-"""Seconds between looks for a caller, while nothing is read of it."""
-FEED_S = 0.01
-"""Seconds for which WebSocket frames are parsed at once, about: a few hundred of tiny ones, or all that was read."""
-LEAST_FEED = 4096
-MOST_FEED = 256 * 1024
 _ONE_WRITE = 16 * 1024
 _WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~:@+/=-]{1,128}")
 _LENGTH = re.compile(rb"[0-9]+")
-
-Callback = Callable[[], object]
-Headers = Iterable[tuple[bytes, bytes]]
 
 
 class Refusal(NamedTuple):
@@ -77,72 +59,11 @@ class Refusal(NamedTuple):
     error: RunnerError
 
 
-def _request_id(headers: Headers | None) -> str:
-    """The caller's `X-Request-Id`, if it sent exactly one that is well-formed, else a new one."""
-    given = [value for name, value in headers or () if name == b"x-request-id"]
-    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else os.urandom(8).hex()
-
-
-def _peer(transport: asyncio.BaseTransport) -> str:
-    """Who is at the other end of a Unix socket, as the kernel says."""
-    pid, uid, _ = struct.unpack(
-        "3i", transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    )
-    return f"unix:uid={uid},pid={pid}"
-
-
-def _abort(transport: asyncio.Transport) -> None:
-    """Close with a reset: an answer delimited by the connection's end must not look complete."""
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
-
-
-def _hung_up(transport: asyncio.BaseTransport) -> bool:
-    """Whether the caller has left. While reading is paused the event loop does not see that; poll(2) does."""
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-    return bool(poll.poll(0))
-
-
-class _Caller:
-    """The callbacks of an `admission.Connection`; each is called once, at once if its time has already come."""
-
-    def __init__(self) -> None:
-        self._on_disconnect: Callback | None = None
-        self._on_drain: Callback | None = None
-        self._has_left = False
-        self._draining = False
-
-    def on_disconnect(self, callback: Callback) -> None:
-        self._on_disconnect = callback
-        if self._has_left:
-            callback()
-
-    def on_drain(self, callback: Callback) -> None:
-        self._on_drain = callback
-        if self._draining:
-            callback()
-
-    def leave(self) -> None:
-        self._has_left = True
-        if self._on_disconnect is not None:
-            self._on_disconnect()
-            self._on_disconnect = None
-
-    def drain(self) -> None:
-        self._draining = True
-        if self._on_drain is not None:
-            self._on_drain()
-            self._on_drain = None
-
-
-class Cycle(_Caller, RequestResponseCycle):
+class Cycle(Caller, RequestResponseCycle):
     """One HTTP request and its answer; it is the `admission.Connection` of its request."""
 
     def __init__(self, target: bytes, request_id: str, local: str, end: Callback, **uvicorns: Any) -> None:
-        _Caller.__init__(self)
+        Caller.__init__(self)
         RequestResponseCycle.__init__(self, **uvicorns)
         self.target = target
         self.request_id = request_id
@@ -155,7 +76,7 @@ class Cycle(_Caller, RequestResponseCycle):
 
     def abort(self) -> None:
         """See `admission.Connection`."""
-        _abort(self.transport)
+        abort(self.transport)
 
     def leave(self) -> None:
         """The caller has gone, or counts as gone."""
@@ -261,123 +182,6 @@ class Cycle(_Caller, RequestResponseCycle):
             self.on_response()
 
 
-class WebSocket(_Caller, WebSocketsSansIOProtocol):
-    """One WebSocket; it is the `admission.Connection` of its upgrade request."""
-
-    def __init__(self, target: bytes, request_id: str, local: str, **uvicorns: Any) -> None:
-        _Caller.__init__(self)
-        WebSocketsSansIOProtocol.__init__(self, **uvicorns)
-        self.target = target
-        self.request_id = request_id
-        self.local = local
-        self.status = 0
-        self.sent = 0
-        self._unfed = b""
-        self._feed_size = LEAST_FEED
-
-    @property
-    def response_started(self) -> bool:
-        """See `admission.Connection`."""
-        return self.handshake_complete or self.initial_response is not None
-
-    async def run_asgi(self) -> None:
-        """uvicorn: serve the application."""
-        cast(dict[str, Any], self.scope)["docker_runner"] = self
-        try:
-            await self.app(self.scope, self.receive, self.send)
-        except ClientDisconnected:
-            pass
-        finally:
-            if self.close_timer is None:
-                self.transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        """asyncio.Protocol. The first data is the whole head, from the parser of the upgrade."""
-        if not self.handshake_initiated:
-            super().data_received(data)
-            if not self.handshake_initiated:
-                self.abort()
-        elif self._unfed:
-            self._unfed += data
-        else:
-            self._unfed = data
-            self._feed()
-
-    def _feed(self) -> None:
-        """Parse what has come, a piece in each turn of the loop; nothing more is read meanwhile."""
-        if self.transport.is_closing():
-            self._unfed = b""
-            return
-        piece, self._unfed = self._unfed[: self._feed_size], self._unfed[self._feed_size :]
-        started = time.monotonic()
-        super().data_received(piece)
-        if time.monotonic() - started > FEED_S:
-            self._feed_size = max(LEAST_FEED, self._feed_size // 4)
-        else:
-            self._feed_size = min(MOST_FEED, self._feed_size * 2)
-        if self._unfed:
-            self._pause()
-            self.loop.call_soon(self._feed)
-        elif self.read_paused and self.queue.empty() and not self.disconnected:
-            self.read_paused = False
-            self.transport.resume_reading()
-
-    def _pause(self) -> None:
-        if not self.read_paused:
-            self.read_paused = True
-            self.transport.pause_reading()
-
-    async def receive(self) -> Any:
-        """ASGI."""
-        message = await super().receive()
-        if self._unfed and not self.disconnected:
-            self._pause()
-        return message
-
-    async def send(self, message: Any) -> None:
-        """ASGI. The answer to the upgrade carries the request's id."""
-        kind = message["type"]
-        if kind == "websocket.send":
-            self.sent += len(message.get("bytes") or message.get("text") or b"")
-        elif kind in ("websocket.accept", "websocket.http.response.start"):
-            self.status = message.get("status", 101)
-            identified = (b"x-request-id", self.request_id.encode())
-            message = {**message, "headers": [*message.get("headers", ()), identified]}
-        await super().send(message)
-
-    def handle_ping(self) -> None:
-        """uvicorn. Of a caller that does not read, no pongs are kept (RFC 6455 wants one for the latest ping only)."""
-        pong = b"".join(self.conn.data_to_send())
-        if self.writable.is_set():
-            self.transport.write(pong)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio.Protocol."""
-        super().connection_made(transport)
-        self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio.Protocol."""
-        self._look.cancel()
-        self._unfed = b""
-        super().connection_lost(exc)
-        self.leave()
-
-    def _look_for_caller(self) -> None:
-        """Reading is paused while nobody reads what the caller types."""
-        self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
-        if self.read_paused and _hung_up(self.transport):
-            self.abort()
-
-    def shutdown(self) -> None:
-        """The service begins to shut down: the application ends its session in-band."""
-        self.drain()
-
-    def abort(self) -> None:
-        """See `admission.Connection`."""
-        _abort(self.transport)
-
-
 class HttpProtocol(HttpToolsProtocol):
     """One connection of a caller.
 
@@ -421,7 +225,7 @@ class HttpProtocol(HttpToolsProtocol):
         """asyncio.Protocol."""
         super().connection_made(cast(asyncio.Transport, transport))
         if self._is_local:
-            self._local = _peer(transport)
+            self._local = peer(transport)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         if len(self.connections) > self._max_connections:
             self._refuse(RunnerError("too_many_connections", "too many connections are open; try again soon"))
@@ -511,7 +315,7 @@ class HttpProtocol(HttpToolsProtocol):
         scope["query_string"] = query
         self.cycle = scope["docker_runner"] = Cycle(
             self.url,
-            _request_id(self.headers),
+            well_formed_id(self.headers),
             self._local,
             self._end,
             scope=self.scope,
@@ -554,7 +358,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Reading is paused while an engine does not take an upload."""
         self._look = None
         if self.flow.read_paused:
-            if _hung_up(self.transport):
+            if hung_up(self.transport):
                 self.transport.abort()
             else:
                 self._look = self.loop.call_later(LOOK_S, self._look_for_caller)
@@ -594,7 +398,7 @@ class HttpProtocol(HttpToolsProtocol):
             if rest:
                 raise self._violates("pipelining_refused", "bytes came before the upgrade was answered")
             self.ws_protocol_class = cast(
-                Any, functools.partial(WebSocket, self.url, _request_id(self.headers), self._local)
+                Any, functools.partial(WebSocket, self.url, well_formed_id(self.headers), self._local)
             )
             self.handle_websocket_upgrade()
             return
@@ -628,7 +432,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, error: RunnerError) -> None:
         """End the connection because of what came on it, telling why if nothing of another answer was given."""
         self._stop_head_timer()
-        request_id = _request_id(self.headers)
+        request_id = well_formed_id(self.headers)
         if self.cycle is not None and not self.cycle.response_complete:
             request_id = self.cycle.request_id
             self.cycle.leave()

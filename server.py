@@ -18,7 +18,9 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from protocols import CLOSE_S, Callback, HttpProtocol, Refusal, WebSocket
+from callers import Callback
+from protocols import CLOSE_S, HttpProtocol, Refusal
+from websocket_protocol import WebSocket
 
 log = logging.getLogger("docker_runner.server")
 
