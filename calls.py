@@ -18,7 +18,8 @@ import rules
 from dockerapi import Engine, EngineResponse
 from errors import RunnerError
 from policy import Policy
-from scope import MAX_EVENT, Narrowed, Scopes
+from scope import Narrowed, Scopes
+from scope_events import MAX_EVENT, own_events
 
 R = TypeVar("R")
 
@@ -174,7 +175,7 @@ class Calls:
     async def is_own_event(self) -> Callable[[bytes], Awaitable[bool]]:
         """Tells of which lines of the engine's events the caller may know."""
         label = self._policy.scope.label
-        return await self._scopes.of(label).events() if label else _any
+        return await own_events(self._scopes.of(label)) if label else _any
 
     def check(self, method: str, target: bytes, body: bytes) -> None:
         """Refuse what the caller's policy does not allow; `open` does it by itself.

@@ -23,7 +23,8 @@ from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from operations import Kind, Operation
 from policy import Policies
-from scope import MAX_EVENT, Narrowed, Scopes
+from scope import Narrowed, Scopes
+from scope_events import MAX_EVENT, own_events
 from streams import LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
@@ -88,7 +89,7 @@ class EngineFace:
                     self._engine, self._witness, operation, asked, scope, receive, send, self._first_frame_s
                 )
                 return
-            is_own = await self._scopes.of(label).events() if label and operation.kind is Kind.EVENTS else None
+            is_own = await own_events(self._scopes.of(label)) if label and operation.kind is Kind.EVENTS else None
             event_buffer = max(self._event_buffer, MAX_EVENT) if label else self._event_buffer
             response = await self._ask(request, operation, asked, event_buffer)
         with response:

@@ -29,9 +29,6 @@ from strict_json import folded
 
 MAX_ANSWER = 64 * 1024 * 1024
 """Bytes of an engine's answer that is looked into."""
-MAX_EVENT = 64 * 1024 * 1024
-"""Security limit: bytes of one event that is held to see whose it is, and of all that wait for that. That of an exec
-holds its whole command, and those of others must not cut a caller off."""
 LOOK_UP_S = 30.0
 """Seconds for the engine to say who owns something."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -108,13 +105,17 @@ class _Listed(msgspec.Struct, rename="pascal"):
     names: list[str] | None = None
 
 
-class _Network(msgspec.Struct, rename="pascal"):
+class Network(msgspec.Struct, rename="pascal"):
+    """A network, as far as its owner matters."""
+
     id: str
     name: str
     labels: dict[str, str] | None = None
 
 
-class _Volume(msgspec.Struct, rename="pascal"):
+class Volume(msgspec.Struct, rename="pascal"):
+    """A volume, as far as its owner matters."""
+
     name: str
     labels: dict[str, str] | None = None
     created_at: str = ""
@@ -128,23 +129,11 @@ class _Volume(msgspec.Struct, rename="pascal"):
 
 
 class _Volumes(msgspec.Struct, rename="pascal"):
-    volumes: list[_Volume] | None = None
+    volumes: list[Volume] | None = None
 
 
 class _Exec(msgspec.Struct):
     container: str = msgspec.field(name="ContainerID")
-
-
-class _Actor(msgspec.Struct, frozen=True):
-    id: str = msgspec.field(default="", name="ID")
-    attributes: dict[str, str] = msgspec.field(default={}, name="Attributes")
-
-
-class _Event(msgspec.Struct):
-    type: str = msgspec.field(default="", name="Type")
-    action: str = msgspec.field(default="", name="Action")
-    actor: _Actor = msgspec.field(default=_Actor(), name="Actor")
-    time: int = 0
 
 
 class Scope:
@@ -219,7 +208,7 @@ class Scope:
         if not _NAME.fullmatch(name):
             return None
         found = await self._get(f"/containers/{quote(name, safe='')}/json", _Container)
-        if found is not None and self._owns(found.config.labels):
+        if found is not None and self.owns(found.config.labels):
             return str(found.id)
         # Among all it may be another's, or the beginning of several; among the caller's own it may be one.
         own = await self._get(f"/containers/json?all=1&filters={self._filter}", list[_Listed]) or []
@@ -229,7 +218,7 @@ class Scope:
 
     async def network(self, name: str) -> str | None:
         """The id of the caller's network by id, name, or its id's beginning."""
-        own = await self._get(f"/networks?filters={self._filter}", list[_Network]) or []
+        own = await self.networks()
         for match in (
             [each.id for each in own if name in (each.id, each.name)],
             [each.id for each in own if name and each.id.startswith(name)],
@@ -242,14 +231,25 @@ class Scope:
 
     async def volume(self, name: str) -> str | None:
         """The name, if it is that of the caller's volume."""
-        found = await self._volume(name)
+        found = await self.find_volume(name)
         return None if found is None else found.name
 
-    async def _volume(self, name: str) -> _Volume | None:
+    async def find_volume(self, name: str) -> Volume | None:
+        """The caller's volume of this name."""
         if not _NAME.fullmatch(name):
             return None
-        found: _Volume | None = await self._get(f"/volumes/{quote(name, safe='')}", _Volume)
-        return found if found is not None and self._owns(found.labels) else None
+        found: Volume | None = await self._get(f"/volumes/{quote(name, safe='')}", Volume)
+        return found if found is not None and self.owns(found.labels) else None
+
+    async def networks(self) -> "list[Network]":
+        """All of the caller's."""
+        found: list[Network] | None = await self._get(f"/networks?filters={self._filter}", list[Network])
+        return found or []
+
+    async def volumes(self) -> "list[Volume]":
+        """All of the caller's."""
+        found: _Volumes | None = await self._get(f"/volumes?filters={self._filter}", _Volumes)
+        return (found and found.volumes) or []
 
     async def exec(self, name: str) -> str | None:
         """The id, if it is that of an exec in the caller's container."""
@@ -332,8 +332,8 @@ class Scope:
     async def _check_free(self, name: str) -> None:
         """A create gives the volume of this name, if there is one: not another's."""
         if _NAME.fullmatch(name):
-            found = await self._get(f"/volumes/{quote(name, safe='')}", _Volume)
-            if found is not None and not self._owns(found.labels):
+            found = await self._get(f"/volumes/{quote(name, safe='')}", Volume)
+            if found is not None and not self.owns(found.labels):
                 raise RunnerError("conflict", f"the volume name {name} is in use", status=409)
 
     async def _own_volumes(self, host: dict[str, Any]) -> None:
@@ -362,7 +362,7 @@ class Scope:
         if response.status != 201:
             raise RunnerError("bad_parameter", answer.decode("utf-8", "replace"), status=response.status)
         # It gives the one of this name, if there is one: perhaps another's.
-        if not self._owns(msgspec.json.decode(answer, type=_Volume).labels):
+        if not self.owns(msgspec.json.decode(answer, type=Volume).labels):
             raise RunnerError("no_such_volume", f"get {name}: no such volume", status=404)
 
     # Lists.
@@ -392,67 +392,10 @@ class Scope:
                     body = body.replace(id_, b"of others")
         return body
 
-    # Events.
-
-    async def events(self) -> Callable[[bytes], Awaitable[bool]]:
-        """Whether a line of the stream of events is of something that is the caller's.
-
-        A container's event carries its labels. A network's or a volume's does not, and when it is gone nobody can be
-        asked. So those that are there are noted now, before the stream is opened, and again with its first line, and
-        each that comes later is. What was told of a volume's name before the volume was there was of another.
-        """
-        own: dict[str, dict[str, float]] = {"network": {}, "volume": {}}
-        others: dict[str, set[str]] = {"network": set(), "volume": set()}
-        """Looked for, and not found: until it is destroyed, or something is created."""
-        noting: asyncio.Task[None] | None = None
-
-        async def note() -> None:
-            networks = await self._get(f"/networks?filters={self._filter}", list[_Network]) or []
-            volumes = await self._get(f"/volumes?filters={self._filter}", _Volumes) or _Volumes()
-            own["network"].update({each.id: 0 for each in networks})
-            own["volume"].update({each.name: each.created_s() for each in volumes.volumes or []})
-
-        async def look_up(kind: str, id_: str) -> None:
-            if kind == "network":
-                if await self.network(id_) == id_:
-                    own[kind][id_] = 0
-            elif (found := await self._volume(id_)) is not None:
-                own[kind][id_] = found.created_s()
-
-        async def is_own(line: bytes) -> bool:
-            # Waiting is for networks and volumes only: meanwhile events pile up, and those of execs may be long.
-            nonlocal noting
-            if noting is None:
-                noting = asyncio.ensure_future(note())
-            try:
-                event = msgspec.json.decode(line, type=_Event)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                return False
-            if event.type == "container":
-                return event.actor.attributes.get(self._name) == self._value
-            if event.type not in own:
-                return event.type == "image"
-            await noting
-            known, id_ = own[event.type], event.actor.id
-            if event.action == "create":
-                others[event.type].discard(id_)
-            if id_ not in known and id_ not in others[event.type] and event.action != "destroy":
-                await look_up(event.type, id_)
-                if id_ not in known:
-                    others[event.type].add(id_)
-            is_known = id_ in known and event.time >= known[id_]
-            if event.action == "destroy":
-                others[event.type].discard(id_)
-                if is_known:
-                    del known[id_]
-            return is_known
-
-        await note()
-        return is_own
-
     # The engine.
 
-    def _owns(self, labels: Mapping[str, str] | None) -> bool:
+    def owns(self, labels: Mapping[str, str] | None) -> bool:
+        """Whether these labels have the scope's."""
         return (labels or {}).get(self._name) == self._value
 
     async def _replace(self, found: dict[str, Any], field: str, find: Callable[[str], Awaitable[str]]) -> None:
