@@ -15,7 +15,8 @@ import msgspec
 
 import operations
 import rules
-from dockerapi import Engine, EngineResponse
+from dockerapi import Engine
+from engine_connection import EngineResponse
 from errors import RunnerError
 from policy import Policy
 from scope import Narrowed, Scopes

@@ -21,7 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from admission import Connection
 from calls import Calls, Thing, segment
-from dockerapi import EngineResponse
+from engine_connection import EngineResponse
 from errors import RunnerError
 from streams import STDERR, STDOUT, FrameReader, FramingError, Tail
 

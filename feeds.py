@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from admission import Connection
 from calls import Calls, Thing, segment
 from containers import inspected
-from dockerapi import EngineResponse
+from engine_connection import EngineResponse
 from errors import RunnerError
 from streams import KEEP_ALIVE, FrameCutter, FramingError, LineFramer, sse
 

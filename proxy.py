@@ -18,7 +18,8 @@ import upgrades
 from admission import Connection, Request
 from audit import Asked
 from bodies import NO_BODY, too_large
-from dockerapi import Engine, EngineResponse
+from dockerapi import Engine
+from engine_connection import EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from operations import Kind, Operation

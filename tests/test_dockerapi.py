@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import dockerapi
 from conftest import EngineDirect, Names
 from dev.engine import Engine as RealEngine
-from dockerapi import HIGH_WATER, MAX_IDLE, Engine, EngineResponse
+from dockerapi import MAX_IDLE, Engine
+from engine_connection import HIGH_WATER, Connection, EngineResponse
 from errors import RunnerError
 from loops import LOOPS, Run, run_on, until
 from scripted import OK, PATIENCE_S, Peer, ScriptedEngine, chunked, listener_that_never_accepts
@@ -409,7 +409,7 @@ class TestResend:
 
     def test_a_write_that_takes_no_byte_is_repeated(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         # The engine closes between the look at the connection and the write: the look sees nothing.
-        monkeypatch.setattr(dockerapi._Connection, "alive", lambda self: True)
+        monkeypatch.setattr(Connection, "alive", lambda self: True)
 
         async def test() -> None:
             with ScriptedEngine(answers_once) as engine:

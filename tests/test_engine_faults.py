@@ -21,7 +21,8 @@ import pytest
 
 from dev import wait_until
 from dev.private_engine import PrivateEngine
-from dockerapi import MAX_HEAD, Engine
+from dockerapi import Engine
+from engine_connection import MAX_HEAD
 from errors import CODES, RunnerError
 from loops import LOOPS, Run, run_on, until
 from scripted import OK, PATIENCE_S, Peer, Script, ScriptedEngine, chunked, listener_that_never_accepts
