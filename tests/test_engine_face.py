@@ -5,6 +5,7 @@ sees to it.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from urllib.parse import urlencode
 
@@ -66,6 +67,13 @@ def steady_info(seen: Seen) -> object:
     return seen.status, fields, {key: value for key, value in seen.json.items() if key not in moving}
 
 
+def steady_usage(seen: Seen) -> object:
+    """A view of /system/df without the sizes of what containers write, how long they have run, and the length."""
+    fields = [field for field in seen.headers if field[0] != "content-length"]
+    moving = re.compile(rb'("Size\w*":|"LayersSize":|"SharedSize":)-?\d+|("Status":")[^"]*')
+    return seen.status, fields, moving.sub(rb"\1\2", seen.body)
+
+
 class TestSystem:
     @compares("SystemPing")
     @pytest.mark.parametrize("target", ["/_ping", "/v1.41/_ping", "/v1.24/_ping?a=b"])
@@ -92,7 +100,7 @@ class TestSystem:
 
     @compares("SystemDataUsage")
     def test_data_usage(self, both: Both, named: str) -> None:
-        seen = both.same("GET", "/v1.41/system/df")
+        seen = both.same("GET", "/v1.41/system/df", view=steady_usage)
         assert f"/{named}" in [name for found in seen.json["Containers"] for name in found["Names"]]
 
     def test_a_version_that_is_too_new_or_too_old_relays_400(self, both: Both) -> None:
