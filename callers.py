@@ -16,10 +16,15 @@ Callback = Callable[[], object]
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-def well_formed_id(headers: Headers | None) -> str:
+def well_formed_id(headers: Headers) -> str:
     """The caller's `X-Request-Id`, if it sent exactly one that is well-formed, else a new one."""
-    given = [value for name, value in headers or () if name == b"x-request-id"]
-    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else os.urandom(8).hex()
+    given = [value for name, value in headers if name == b"x-request-id"]
+    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else new_id()
+
+
+def new_id() -> str:
+    """An id for a request that has none."""
+    return os.urandom(8).hex()
 
 
 def peer(transport: asyncio.BaseTransport) -> str:
@@ -47,6 +52,8 @@ def hung_up(transport: asyncio.BaseTransport) -> bool:
 
 class Caller:
     """The callbacks of an `admission.Connection`; each is called once, at once if its time has already come."""
+
+    __slots__ = ("_draining", "_has_left", "_on_disconnect", "_on_drain")
 
     def __init__(self) -> None:
         self._on_disconnect: Callback | None = None

@@ -1,0 +1,262 @@
+"""One HTTP request of a caller and its answer: ASGI's `receive` and `send`, and the bytes that they stand for."""
+
+import asyncio
+import http
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from callers import Caller, abort
+
+MAX_UNREAD = 256 * 1024
+"""Bytes of a request's body that wait to be taken before reading pauses."""
+ONE_WRITE = 16 * 1024
+"""Pieces of an answer up to this many bytes are copied to leave in one write."""
+_OWN_FIELDS = frozenset((b"content-length", b"connection", b"x-request-id"))
+
+
+def status_line(status: int) -> bytes:
+    """The first line of an answer."""
+    try:
+        phrase = http.HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
+
+
+STATUS_LINES = {status: status_line(status) for status in range(100, 600)}
+
+
+class Peer(Protocol):
+    """The connection that a request came on, as far as its answer is concerned."""
+
+    transport: asyncio.Transport
+    write_paused: bool
+
+    async def drain(self) -> None:
+        """Wait until the caller has read enough for more to be written."""
+
+    def pause_reading(self) -> None:
+        """Read no more for now."""
+
+    def resume_reading(self) -> None:
+        """Read on."""
+
+    def answered(self) -> None:
+        """The answer is complete."""
+
+
+class Cycle(Caller):
+    """One HTTP request and its answer; it is the `admission.Connection` of its request.
+
+    Args:
+        peer: the connection.
+        scope: of ASGI.
+        target: as it stood in the request line.
+        request_id: the caller's, or one made for it.
+        local: who asks on the local socket.
+        keep_alive: the connection stays open after the answer, as far as the caller is concerned.
+        expects_continue: the caller waits for a `100 Continue`.
+    """
+
+    __slots__ = (
+        "_body",
+        "_body_size",
+        "_chunked",
+        "_end_untold",
+        "_expected",
+        "_expects_continue",
+        "_head",
+        "_is_head_request",
+        "_peer",
+        "_wanted",
+        "disconnected",
+        "keep_alive",
+        "local",
+        "more_body",
+        "request_id",
+        "response_complete",
+        "response_started",
+        "scope",
+        "sent",
+        "status",
+        "target",
+    )
+
+    def __init__(
+        self,
+        peer: Peer,
+        scope: dict[str, Any],
+        target: bytes,
+        request_id: str,
+        local: str,
+        *,
+        keep_alive: bool,
+        expects_continue: bool,
+    ) -> None:
+        super().__init__()
+        self.scope = scope
+        self.target = target
+        self.request_id = request_id
+        self.local = local
+        self.keep_alive = keep_alive
+        self.disconnected = self.response_started = self.response_complete = False
+        self.status = 0
+        self.sent = 0
+        self.more_body = True
+        """The end of the request's body has not come yet."""
+        self._peer = peer
+        self._expects_continue = expects_continue
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._end_untold = False
+        self._wanted: asyncio.Future[None] | None = None
+        self._head: bytes | None = None
+        self._is_head_request = scope["method"] == "HEAD"
+        self._chunked: bool | None = None
+        self._expected = 0
+
+    def abort(self) -> None:
+        """See `admission.Connection`."""
+        abort(self._peer.transport)
+
+    def leave(self) -> None:
+        """The caller has gone, or counts as gone."""
+        if not self.response_complete:
+            self.disconnected = True
+            self._wake()
+            super().leave()
+
+    # What comes from the connection.
+
+    def body_came(self, piece: bytes) -> bool:
+        """Take in a piece of the request's body; returns whether reading should pause."""
+        self._body.append(piece)
+        self._body_size += len(piece)
+        self._wake()
+        return self._body_size > MAX_UNREAD
+
+    def body_ended(self) -> None:
+        """The request's body is complete."""
+        self.more_body = False
+        self._end_untold = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    # ASGI.
+
+    async def run(self, app: Any) -> None:
+        """Serve the request. The application answers its own errors; what is left unfinished is cut off."""
+        try:
+            await app(self.scope, self.receive, self.send)
+        finally:
+            if not self.response_complete and not self.disconnected:
+                self.abort()
+
+    async def receive(self) -> dict[str, Any]:
+        """ASGI."""
+        if self._expects_continue and not self._peer.transport.is_closing():
+            self._expects_continue = False
+            self._peer.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while not (self._body or self._end_untold or self.disconnected or self.response_complete):
+            self._peer.resume_reading()
+            self._wanted = asyncio.get_running_loop().create_future()
+            try:
+                await self._wanted
+            finally:
+                self._wanted = None
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        pieces, self._body, self._body_size = self._body, [], 0
+        self._end_untold = False
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return {"type": "http.request", "body": body, "more_body": self.more_body}
+
+    async def send(self, message: Any) -> None:
+        """ASGI. The head of an answer waits for the first piece of its body, but not beyond the loop's next turn.
+
+        With `docker_runner.held` the application says that a piece follows at once, so that no turn need be watched.
+        """
+        if self._peer.write_paused and not self.disconnected:
+            await self._peer.drain()
+        if self.disconnected:
+            return
+        kind = message["type"]
+        if kind == "http.response.start" and not self.response_started:
+            self._head = self._render_head(message["status"], message.get("headers", ()))
+            self.response_started = True
+            self._expects_continue = False
+            if "docker_runner.held" not in message:
+                asyncio.get_running_loop().call_soon(self._flush_head)
+        elif kind == "http.response.body" and self.response_started and not self.response_complete:
+            self._send_body(message.get("body", b""), last=not message.get("more_body", False))
+        else:
+            raise RuntimeError(f"unexpected ASGI message {kind!r}")
+
+    def _render_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        if self.more_body:
+            self.keep_alive = False  # What remains of the request's body is not read.
+        self.status = status
+        lines = [STATUS_LINES[status], b"x-request-id: %b\r\n" % self.request_id.encode()]
+        for name, value in headers:
+            lower = name.lower()
+            if lower in _OWN_FIELDS:
+                if lower == b"connection":
+                    self.keep_alive = False  # The application says `close`; it is written below.
+                if lower != b"content-length" or status == 204:  # RFC 9110, 8.6: not with this status.
+                    continue
+                self._expected = int(value)
+                self._chunked = False
+            lines.append(b"%b: %b\r\n" % (name, value))
+        if not self.keep_alive:
+            lines.append(b"connection: close\r\n")
+        if self._is_head_request or status in (204, 304):
+            self._expected = 0
+            self._chunked = False
+        elif self._chunked is None:
+            # An HTTP/1.0 caller knows no chunks: its answer ends with the connection.
+            self._chunked = self.scope["http_version"] != "1.0"
+            if self._chunked:
+                lines.append(b"transfer-encoding: chunked\r\n")
+            else:
+                self._expected = -1
+        lines.append(b"\r\n")
+        head = b"".join(lines)
+        if not (head.count(b"\n") == head.count(b"\r") == len(lines)) or b"\0" in head:
+            raise RuntimeError("a header holds a line break")
+        return head
+
+    def _flush_head(self) -> None:
+        if self._head is not None and not self.disconnected and not self._peer.transport.is_closing():
+            self._peer.transport.write(self._head)
+        self._head = None
+
+    def _send_body(self, body: bytes, *, last: bool) -> None:
+        self.sent += len(body)
+        parts = [] if self._head is None else [self._head]
+        self._head = None
+        if self._is_head_request:
+            pass
+        elif self._chunked:
+            if body:
+                parts += (b"%x\r\n" % len(body), body, b"\r\n")
+            if last:
+                parts.append(b"0\r\n\r\n")
+        elif body:
+            parts.append(body)
+            if self._expected >= 0:
+                self._expected -= len(body)
+                if self._expected < 0:
+                    raise RuntimeError("the body is longer than its Content-Length")
+        if last and self._expected > 0:
+            raise RuntimeError("the body is shorter than its Content-Length")
+        if len(body) > ONE_WRITE:
+            self._peer.transport.writelines(parts)
+        elif parts:
+            self._peer.transport.write(b"".join(parts))
+        if last:
+            self.response_complete = True
+            self._wake()
+            self._peer.answered()
