@@ -25,6 +25,7 @@ from streams import SignedChunkReader
 log = logging.getLogger("docker_runner.admission")
 
 UNSIGNED_PATHS = (b"/v1/health", b"/v1/ready")
+EMPTY_HASH = EMPTY_BODY_HASH.encode()
 
 
 class Connection(Protocol):
@@ -53,51 +54,6 @@ class Connection(Protocol):
 
     def on_drain(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, when the service begins to shut down (at once, if it has)."""
-
-
-class Request:
-    """A verified request: the only thing the layers behind this one look at."""
-
-    __slots__ = (
-        "as_stream",
-        "asked",
-        "body",
-        "connection",
-        "give_back",
-        "headers",
-        "key",
-        "method",
-        "signed",
-        "target",
-    )
-
-    def __init__(
-        self,
-        method: bytes,
-        target: bytes,
-        headers: Headers,
-        body: Body | SignedChunks,
-        key: str | None,
-        connection: Connection,
-        give_back: Callable[[], None],
-        as_stream: Callable[[], None],
-        *,
-        signed: bool,
-    ) -> None:
-        self.method = method
-        self.target = target
-        self.headers = headers
-        self.body = body
-        self.key = key
-        self.connection = connection
-        self.give_back = give_back
-        """Release the nonce: for a retryable failure that is told after the answer has begun (a WebSocket's)."""
-        self.as_stream = as_stream
-        """Count it among the streams, because it may last; before its answer, for that may be `too_many_streams`."""
-        self.signed = signed
-        """False for the local socket's unsigned requests."""
-        self.asked: Asked | None = None
-        """What it asks for: said by the layer that knows, for the audit log."""
 
 
 class Places:
@@ -162,14 +118,14 @@ class Authentication:
         local_key: str | None = None,
     ) -> None:
         self._app = app
-        self._verifier = verifier
-        self._limits = limits
         self._audit = audit
-        self._path_prefix = path_prefix
-        self._local_key = local_key
-        self._unverified = Budget(limits.max_unverified)
-        self._requests = Places("too_many_requests", limits.max_requests)
-        self._streams = Places("too_many_streams", limits.max_streams)
+        self.verifier = verifier
+        self.limits = limits
+        self.path_prefix = path_prefix
+        self.local_key = local_key
+        self.unverified = Budget(limits.max_unverified)
+        self.requests = Places("too_many_requests", limits.max_requests)
+        self.streams = Places("too_many_streams", limits.max_streams)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request or WebSocket; lifespan passes through."""
@@ -184,10 +140,10 @@ class Authentication:
         connection.on_disconnect(task.cancel)
         current_request.set(connection.request_id)
         started = time.perf_counter()
-        admission = _Admission(self, scope, receive, connection)
+        request = Request(self, scope, receive, connection)
         told: RunnerError | None = None
         try:
-            await admission.admit()
+            await request.admit()
             await self._app(scope, receive, send)
         except RunnerError as error:
             told = error
@@ -195,8 +151,8 @@ class Authentication:
                 log.error("%s after the answer had begun: %s", error.code, error.message)
                 connection.abort()
                 return
-            admission.refused(error)
-            await _answer(scope, send, error, last=not admission.admitted)
+            request.refused(error)
+            await _answer(scope, send, error, last=not request.admitted)
         except asyncio.CancelledError:
             if connection.disconnected:
                 return  # There is nobody to tell.
@@ -214,123 +170,142 @@ class Authentication:
             else:
                 await _answer(scope, send, told)
         finally:
-            admission.close()
-            if told is not None or admission.changes:
+            request.close()
+            if told is not None or (request.asked is not None and request.asked.changes):
                 self._audit.record(
                     request_id=connection.request_id,
                     client=connection.local or address(scope["client"]),
                     method=scope.get("method", "GET"),
                     target=connection.target,
-                    asked=admission.asked,
-                    admitted=admission.admitted,
+                    asked=request.asked,
+                    admitted=request.admitted,
                     error=told,
                     status=connection.status,
                     sent=connection.sent,
                     took_s=time.perf_counter() - started,
-                    key=admission.key,
+                    key=request.key,
                 )
 
 
-class _Admission:
-    """One request on its way through verification, and what it holds meanwhile: nonce, body, part of the budget."""
+class Request:
+    """A request on its way through verification, and behind it: once verified, all that the layers there look at.
+
+    It holds what was taken for it: nonce, body, a place among those served, part of the budget.
+    """
+
+    __slots__ = (
+        "_layer",
+        "_nonce",
+        "_place",
+        "_receive",
+        "_reserved",
+        "_scope",
+        "admitted",
+        "asked",
+        "body",
+        "connection",
+        "headers",
+        "key",
+        "method",
+        "signed",
+        "target",
+    )
 
     def __init__(self, layer: Authentication, scope: Scope, receive: Receive, connection: Connection) -> None:
-        self._verifier = layer._verifier
-        self._limits = layer._limits
-        self._budget = layer._unverified
-        self._requests = layer._requests
-        self._streams = layer._streams
-        self._local_key = layer._local_key
+        self.method: bytes = scope.get("method", "GET").encode()
+        self.target = connection.target
+        """As it was sent, without the prefix of a proxy in front."""
+        prefix = layer.path_prefix
+        if prefix and self.target.startswith(prefix + b"/"):
+            self.target = self.target[len(prefix) :]
+        self.headers: Headers = scope["headers"]
+        self.body: Body | SignedChunks = NO_BODY
+        self.key: str | None = None
+        """The name of the key that signed, once that is verified."""
+        self.connection = connection
+        self.signed = True
+        """False for the local socket's unsigned requests."""
+        self.admitted = False
+        """It is verified whole."""
+        self.asked: Asked | None = None
+        """What it asks for: said by the layer that knows, for the audit log."""
+        self._layer = layer
         self._scope = scope
         self._receive = receive
-        self._connection = connection
         self._reserved = 0
         self._nonce: bytes | None = None
-        self._body: Body | SignedChunks = NO_BODY
         self._place: Places | None = None
-        self._request: Request | None = None
-        self.admitted = False
-        self.key: str | None = None
-        target = connection.target
-        self._target = target[len(layer._path_prefix) :] if target.startswith(layer._path_prefix + b"/") else target
 
     async def admit(self) -> None:
-        """Verify the request and put a `Request` into the scope for what is behind.
+        """Verify the request and put it into the scope, for what is behind.
 
         Raises:
             RunnerError: the request is refused.
         """
         scope = self._scope
-        method: bytes = scope.get("method", "GET").encode()
-        headers: Headers = scope["headers"]
-        unsigned = method in (b"GET", b"HEAD") and self._target.partition(b"?")[0] in UNSIGNED_PATHS
-        signed = True
-        if not (unsigned and scope["type"] == "http"):
-            if self._connection.local and not any(name.startswith(b"x-dr-") for name, _ in headers):
-                signed = False
-                await self._trust(headers)
+        if not (
+            self.target.startswith(b"/v1/")
+            and self.target.partition(b"?")[0] in UNSIGNED_PATHS
+            and self.method in (b"GET", b"HEAD")
+            and scope["type"] == "http"
+        ):
+            if self.connection.local and not any(name.startswith(b"x-dr-") for name, _ in self.headers):
+                self.signed = False
+                await self._trust()
             else:
-                await self._verify(method, headers)
+                await self._verify()
         self.admitted = True
-        self._request = scope["docker_runner.request"] = Request(
-            method,
-            self._target,
-            headers,
-            self._body,
-            self.key,
-            self._connection,
-            self._release,
-            lambda: self._enter(self._streams),
-            signed=signed,
-        )
+        scope["docker_runner.request"] = self
 
-    @property
-    def asked(self) -> Asked | None:
-        """What the request asks for, if it came so far that this is known."""
-        return None if self._request is None else self._request.asked
+    def give_back(self) -> None:
+        """Release the nonce: for a retryable failure, before that is told."""
+        if self._nonce is not None:
+            self._layer.verifier.nonces.release(self._nonce)
+            self._nonce = None
 
-    @property
-    def changes(self) -> bool:
-        """It was to change something."""
-        return self.asked is not None and self.asked.changes
+    def as_stream(self) -> None:
+        """Count it among the streams, because it may last; before its answer, for that may be `too_many_streams`."""
+        self._enter(self._layer.streams)
 
-    async def _trust(self, headers: Headers) -> None:
+    async def _trust(self) -> None:
         """Take an unsigned request of the local socket."""
-        self._enter(self._requests)
-        self.key = self._local_key
-        has_body, length = _announced_body(headers)
-        if length > self._limits.max_upload:
-            raise too_large(self._limits.max_upload)
+        layer = self._layer
+        self._enter(layer.requests)
+        self.key = layer.local_key
+        has_body, length = _announced_body(self.headers)
+        if length > layer.limits.max_upload:
+            raise too_large(layer.limits.max_upload)
         if has_body and self._scope["type"] == "http":
-            await self._gather(self._limits.max_upload, None)
+            await self._gather(layer.limits.max_upload, None)
 
-    async def _verify(self, method: bytes, headers: Headers) -> None:
-        credentials = read_credentials(headers)
-        self._verifier.check_time(credentials)
-        has_body, length = _announced_body(headers) if self._scope["type"] == "http" else (False, 0)
+    async def _verify(self) -> None:
+        layer, verifier = self._layer, self._layer.verifier
+        credentials = read_credentials(self.headers)
+        has_body, length = _announced_body(self.headers) if self._scope["type"] == "http" else (False, 0)
         announced = credentials.content_hash
-        limit = self._limits.max_body if announced is None else self._limits.max_upload
-        if length > limit:
-            raise too_large(limit)
+        limit = layer.limits.max_body if announced is None else layer.limits.max_upload
+        if has_body:
+            verifier.check_time(credentials)  # Before a byte of it is read.
+            if length > limit:
+                raise too_large(limit)
         if announced is not None:
-            self._nonce, secret = self._verifier.verify(credentials, method, self._target, announced)
+            verified = verifier.verify(credentials, self.method, self.target, announced)
+            self._nonce = verified.nonce
             self.key = credentials.key
-            self._enter(self._requests)
+            self._enter(layer.requests)
             if announced == STREAMING:
-                await self._begin_chunks(secret, credentials)
+                await self._begin_chunks(verified.secret, credentials)
                 return
-        if not has_body:
-            actual = EMPTY_BODY_HASH
-        else:
-            deadline_s = self._verifier.seconds_left(credentials) if announced is None else None
-            actual = await self._gather(limit, deadline_s)
+        actual = EMPTY_HASH
+        if has_body:
+            deadline_s = verifier.seconds_left(credentials) if announced is None else None
+            actual = (await self._gather(limit, deadline_s)).encode()
         if announced is None:
-            self._nonce, _ = self._verifier.verify(credentials, method, self._target, actual.encode())
+            self._nonce = verifier.verify(credentials, self.method, self.target, actual).nonce
             self.key = credentials.key
-            self._budget.give(self._reserved)
-            self._reserved = 0
-            self._enter(self._requests)
-        elif actual.encode() != announced and self._scope["type"] == "http":
+            self._give_back_budget()
+            self._enter(layer.requests)
+        elif actual != announced and self._scope["type"] == "http":
             raise RunnerError("body_hash_mismatch", "the body is not the one that X-DR-Content-SHA256 announced")
 
     def _enter(self, places: Places) -> None:
@@ -343,11 +318,11 @@ class _Admission:
 
     async def _gather(self, limit: int, deadline_s: float | None) -> str:
         """Read the body; `deadline_s` bounds the whole of one that is still unverified. Returns its BODYHASH."""
-        self._body = body = Body()
+        self.body = body = Body()
         now = asyncio.get_running_loop().time
         end = now() + deadline_s if deadline_s is not None else float("inf")
         try:
-            async with asyncio.timeout_at(min(end, now() + self._limits.body_timeout_s)) as patience:
+            async with asyncio.timeout_at(min(end, now() + self._layer.limits.body_timeout_s)) as patience:
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
@@ -356,12 +331,12 @@ class _Admission:
                     if body.size + len(chunk) > limit:
                         raise too_large(limit)
                     if deadline_s is not None:
-                        self._budget.take(len(chunk))
+                        self._layer.unverified.take(len(chunk))
                         self._reserved += len(chunk)
                     await body.write(chunk)
                     if not message["more_body"]:
                         return await body.finish()
-                    patience.reschedule(min(end, now() + self._limits.body_timeout_s))
+                    patience.reschedule(min(end, now() + self._layer.limits.body_timeout_s))
         except TimeoutError:
             raise RunnerError("request_timeout", "the body stopped arriving, or outlived its signature") from None
         except asyncio.CancelledError:
@@ -373,12 +348,12 @@ class _Admission:
         if self._scope["type"] != "http":
             raise RunnerError("invalid_chunk", "a WebSocket's request body cannot come as signed chunks")
         reader = SignedChunkReader(secret, base64.b64decode(credentials.signature))
-        body = self._body = SignedChunks(
+        body = self.body = SignedChunks(
             reader,
             self._receive,
-            limit=self._limits.max_upload,
-            limit_in_memory=self._limits.max_body,
-            pause_s=self._limits.body_timeout_s,
+            limit=self._layer.limits.max_upload,
+            limit_in_memory=self._layer.limits.max_body,
+            pause_s=self._layer.limits.body_timeout_s,
         )
         try:
             await body.begin()
@@ -388,16 +363,16 @@ class _Admission:
 
     def _broken_off(self) -> None:
         """The caller left before its body was complete, nothing was forwarded: it may come again as it was."""
-        self._release()
-        if not self._connection.disconnected:
+        self.give_back()
+        if not self.connection.disconnected:
             raise RunnerError("shutting_down", "the runner is ending and takes no new requests") from None
 
     def refused(self, error: RunnerError) -> None:
         """The request ends with `error`: before its first byte is sent, give the nonce back if it says retryable."""
         if error.retryable:
-            self._release()
-        path = self._target.partition(b"?")[0][:200].decode("latin-1")
-        caller = self._connection.local or address(self._scope["client"])
+            self.give_back()
+        path = self.target.partition(b"?")[0][:200].decode("latin-1")
+        caller = self.connection.local or address(self._scope["client"])
         log.info("%s %r from %s: %s: %r", self._scope.get("method", "WS"), path, caller, error.code, error.message)
 
     def close(self) -> None:
@@ -405,15 +380,14 @@ class _Admission:
         if self._place is not None:
             self._place.taken -= 1
             self._place = None
-        self._budget.give(self._reserved)
-        self._reserved = 0
-        if self._body is not NO_BODY:
-            self._body.close()
+        self._give_back_budget()
+        if self.body is not NO_BODY:
+            self.body.close()
 
-    def _release(self) -> None:
-        if self._nonce is not None:
-            self._verifier.nonces.release(self._nonce)
-            self._nonce = None
+    def _give_back_budget(self) -> None:
+        if self._reserved:
+            self._layer.unverified.give(self._reserved)
+            self._reserved = 0
 
 
 def _announced_body(headers: Headers) -> tuple[bool, int]:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 import msgspec
 
@@ -35,7 +34,7 @@ current_request: ContextVar[str] = ContextVar("current_request", default="")
 """The id of the request that is being served, for every line of the log."""
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True):
     """What a request asks for, as soon as that is known.
 
     `operation` is the official id, or for the runner face the route; `stands_for` then holds the ids of the operations

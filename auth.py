@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b, sha256
-from typing import NamedTuple
 
 import msgspec
 
@@ -27,16 +26,14 @@ Headers = Sequence[tuple[bytes, bytes]]
 MAX_SHOWN = 4096
 """Bytes of a string to sign up to which a refusal repeats it."""
 STREAMING = client.STREAMING.encode()
-_SINGLE = frozenset(
-    (
-        b"x-dr-timestamp",
-        b"x-dr-nonce",
-        b"x-dr-signature",
-        b"x-dr-key",
-        b"x-dr-content-sha256",
-        b"content-length",
-        b"host",
-    )
+_SINGLE = (
+    b"x-dr-timestamp",
+    b"x-dr-nonce",
+    b"x-dr-signature",
+    b"x-dr-key",
+    b"x-dr-content-sha256",
+    b"content-length",
+    b"host",
 )
 _TIMESTAMP = re.compile(rb"[0-9]{1,16}")
 _NONCE = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -108,17 +105,24 @@ class NonceStore:
         Raises:
             RunnerError: `replayed_nonce` if it is held, `nonce_store_full` if there is no room.
         """
-        self._drop_past(now_ms // 1000)
+        if now_ms // 1000 >= self._next_end:
+            self._drop_past(now_ms // 1000)
         end = until_ms // 1000 + 1
         held = self._ends.get(digest, 0)
         if held > 0:
             raise RunnerError("replayed_nonce", "this nonce was used before")
-        if not held and len(self._ends) >= self._limit:
+        if held:
+            # It is in a list already, and goes to a later one, if need be, when that list is dropped.
+            self._ends[digest] = max(end, -held)
+            return
+        if len(self._ends) >= self._limit:
             raise RunnerError("nonce_store_full", "no room to remember another nonce; try again soon")
-        if not held:
-            self._by_end.setdefault(end, []).append(digest)
-        # A released one is in a list already, and goes to a later one, if need be, when that list is dropped.
-        self._ends[digest] = max(end, -held)
+        self._ends[digest] = end
+        ending = self._by_end.get(end)
+        if ending is None:
+            self._by_end[end] = [digest]
+        else:
+            ending.append(digest)
 
     def release(self, digest: bytes) -> None:
         """Make a taken nonce usable again, by a repetition of the very same request."""
@@ -127,8 +131,6 @@ class NonceStore:
             self._ends[digest] = -held
 
     def _drop_past(self, now_s: int) -> None:
-        if now_s < self._next_end:
-            return
         # Normally the one list of the second that has passed; the clock may also have leapt.
         past = range(self._next_end, now_s + 1) if now_s - self._next_end < len(self._by_end) else sorted(self._by_end)
         for end in past:
@@ -153,7 +155,7 @@ class Credentials(msgspec.Struct, frozen=True):
     key: str | None
 
 
-class Verified(NamedTuple):
+class Verified(msgspec.Struct, frozen=True):
     """What a passed verification leaves: the digest under which the nonce is held, and the secret that signed."""
 
     nonce: bytes
@@ -167,12 +169,12 @@ def read_credentials(headers: Headers) -> Credentials:
         RunnerError: `duplicate_headers`, `missing_headers`, `invalid_timestamp`, `invalid_nonce`,
             `body_hash_mismatch` (not the base64 of a SHA-256, so no body can match it).
     """
-    found: dict[bytes, bytes] = {}
-    for name, value in headers:
-        if name in _SINGLE:
-            if name in found:
+    found = dict(headers)
+    if len(found) < len(headers):
+        names = [name for name, _ in headers]
+        for name in _SINGLE:
+            if names.count(name) > 1:
                 raise RunnerError("duplicate_headers", f"the header {name.decode()} stands more than once")
-            found[name] = value
     timestamp = found.get(b"x-dr-timestamp")
     nonce = found.get(b"x-dr-nonce")
     signed = found.get(b"x-dr-signature")
@@ -230,15 +232,13 @@ class Verifier:
                 predecessor may have served it already.
         """
         now = self._clock_ms()
-        if now < self._now_ms - self._ttl_ms and not self._behind:
-            log.error(
-                "the system's clock went back by %d ms: requests are refused until it has caught up, or the runner is "
-                "started again",
-                self._now_ms - now,
-            )
-        self._behind = now < self._now_ms - self._ttl_ms
-        self._now_ms = now = max(self._now_ms, now)
-        if abs(now - credentials.timestamp_ms) > self._ttl_ms:
+        if now < self._now_ms:
+            self._look_back(now)
+            now = self._now_ms
+        else:
+            self._now_ms = now
+            self._behind = False
+        if not -self._ttl_ms <= now - credentials.timestamp_ms <= self._ttl_ms:
             raise RunnerError(
                 "timestamp_out_of_range",
                 f"the timestamp is {abs(now - credentials.timestamp_ms)} ms from the runner's clock; "
@@ -251,17 +251,27 @@ class Verifier:
                 retryable=True,
             )
 
+    def _look_back(self, now: int) -> None:
+        """The clock says less than it has said."""
+        was_behind, self._behind = self._behind, now < self._now_ms - self._ttl_ms
+        if self._behind and not was_behind:
+            log.error(
+                "the system's clock went back by %d ms: requests are refused until it has caught up, or the runner is "
+                "started again",
+                self._now_ms - now,
+            )
+
     def seconds_left(self, credentials: Credentials) -> float:
         """How long the request can still be accepted, as far as its timestamp goes."""
         return max(0, credentials.timestamp_ms + self._ttl_ms - self._now_ms) / 1000
 
     def verify(self, credentials: Credentials, method: bytes, target: bytes, content_hash: bytes) -> Verified:
-        """Check the signature, then take the nonce (`nonces.release` gives it back), in one step.
+        """Check time and signature, then take the nonce (`nonces.release` gives it back), in one step.
 
         Raises:
-            RunnerError: `invalid_signature`, `timestamp_out_of_range` (time has passed while the body came),
-                `replayed_nonce`, `nonce_store_full`.
+            RunnerError: as `check_time`; `invalid_signature`, `replayed_nonce`, `nonce_store_full`.
         """
+        self.check_time(credentials)
         message = string_to_sign(method, target, credentials.timestamp, credentials.nonce, content_hash)
         owner = None
         for candidate in self._secrets.get(credentials.key, ()):
@@ -269,7 +279,6 @@ class Verifier:
                 owner = candidate
         if owner is None:
             raise RunnerError("invalid_signature", "the signature does not match this request", details=_shown(message))
-        self.check_time(credentials)
         secret, secret_digest = owner
         digest = blake2b(credentials.nonce, key=secret_digest, digest_size=16).digest()
         self.nonces.take(digest, credentials.timestamp_ms + self._ttl_ms, self._now_ms)

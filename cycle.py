@@ -147,14 +147,6 @@ class Cycle(Caller):
 
     # ASGI.
 
-    async def run(self, app: Any) -> None:
-        """Serve the request. The application answers its own errors; what is left unfinished is cut off."""
-        try:
-            await app(self.scope, self.receive, self.send)
-        finally:
-            if not self.response_complete and not self.disconnected:
-                self.abort()
-
     async def receive(self) -> dict[str, Any]:
         """ASGI."""
         if self._expects_continue and not self._peer.transport.is_closing():

@@ -77,27 +77,30 @@ class Engine:
         Raises:
             RunnerError: any `engine_*` code; what is `retryable` never reached the engine.
         """
-        fields = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
-        fields += [b"%b: %b\r\n" % field for field in headers]
+        lines = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
+        lines += [b"%b: %b\r\n" % field for field in headers]
         pieces: AsyncIterator[bytes] | None = None
         tail = b"\r\n"
         if isinstance(body, bytes):
-            fields.append(b"Content-Length: %d\r\n" % len(body))
+            lines.append(b"Content-Length: %d\r\n" % len(body))
             if len(body) <= ONE_WRITE:
                 tail += body
             else:
                 pieces = _pieces(body)
         elif body is not None:
             pieces = body
-            fields.append(b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length)
-        fields.append(tail)
-        head = b"".join(fields)
+            lines.append(b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length)
+        lines.append(tail)
+        head = b"".join(lines)
+        upgrade = any(name.lower() == b"upgrade" for name, _ in headers)
         overflow = None if buffer_limit is None else Overflow(buffer_limit, on_overflow)
         fresh = False
         while True:
-            connection = await self._acquire(fresh=fresh)
+            connection = None if fresh else self._kept()
+            if connection is None:
+                connection = await self._acquire(fresh=fresh)
             answer = connection.begin(
-                method, head, whole=pieces is None, bare=not body, head_s=head_s, overflow=overflow
+                method, head, whole=pieces is None, bare=not body, upgrade=upgrade, head_s=head_s, overflow=overflow
             )
             try:
                 if pieces is not None:
@@ -140,11 +143,8 @@ class Engine:
         """A connection that stands: a kept one (unless `fresh`), else a new one, else what the queue brings."""
         deadline = asyncio.get_running_loop().time() + self._queue_s
         while True:
-            while self._idle and not fresh:
-                connection = self._idle.pop()
-                if connection.alive():
-                    return connection
-                connection.close()
+            if not fresh and (kept := self._kept()) is not None:
+                return kept
             if self._idle and not self._places:
                 self._idle.pop().close()  # A fresh one takes its place.
             if self._places:
@@ -156,6 +156,15 @@ class Engine:
             if not fresh and freed.alive():
                 return freed
             freed.close()
+
+    def _kept(self) -> Connection | None:
+        """A kept connection that still stands."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.alive():
+                return connection
+            connection.close()
+        return None
 
     async def _queue(self, deadline: float) -> Connection | None:
         """Wait for a freed connection, or (None) for a place that is now ours to open one in."""

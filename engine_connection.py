@@ -23,6 +23,8 @@ HIGH_WATER = 256 * 1024
 MAX_HEAD = 512 * 1024
 """Security limit: bytes of an answer's head."""
 
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
 
 class _State(enum.Enum):
     IDLE = enum.auto()
@@ -54,6 +56,7 @@ class EngineResponse:
         "_chunks",
         "_connection",
         "_failure",
+        "_loop",
         "_overflow",
         "_size",
         "_waiter",
@@ -63,12 +66,13 @@ class EngineResponse:
         "status",
     )
 
-    def __init__(self, connection: "Connection", overflow: Overflow | None) -> None:
+    def __init__(self, connection: "Connection", overflow: Overflow | None, loop: asyncio.AbstractEventLoop) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
         """The whole body has arrived (some of it may still wait to be taken). Excludes a `failure`."""
         self._connection: Connection | None = connection
+        self._loop = loop
         self._overflow = overflow
         self._failure: Exception | None = None
         self._chunks: list[bytes] = []
@@ -82,6 +86,11 @@ class EngineResponse:
     def ended(self) -> bool:
         """The whole body has arrived and was taken."""
         return self.complete and not self._chunks
+
+    @property
+    def ready(self) -> bool:
+        """`next` need not wait."""
+        return self.complete or bool(self._chunks)
 
     @property
     def failure(self) -> Exception | None:
@@ -221,7 +230,7 @@ class EngineResponse:
             self._waiter.set_result(None)
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -253,14 +262,15 @@ class Connection(asyncio.Protocol):
         self._reading = True
         self._used = False
         self._answer: EngineResponse | None = None
-        self._limit: asyncio.TimerHandle | None = None
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def alive(self) -> bool:
         """Whether a kept connection still stands; sees a close that the event loop has not reported yet."""
         if self.state is not _State.IDLE:
             return False
         try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._sock.recv(1, _PEEK)
         except BlockingIOError:
             return True
         except OSError:
@@ -274,6 +284,7 @@ class Connection(asyncio.Protocol):
         *,
         whole: bool,
         bare: bool,
+        upgrade: bool,
         head_s: float | None,
         overflow: Overflow | None,
     ) -> EngineResponse:
@@ -284,12 +295,13 @@ class Connection(asyncio.Protocol):
             data: what is sent now.
             whole: it is all of the request.
             bare: it is a head alone, and nothing follows it.
+            upgrade: it asks for one.
             head_s: time limit on the answer's head.
             overflow: see `Engine.request`.
         """
         self._parser = httptools.HttpResponseParser(self)
         self._method = method
-        self._asks_upgrade = b"\r\nupgrade:" in data.partition(b"\r\n\r\n")[0].lower()
+        self._asks_upgrade = upgrade
         self._sent = whole
         self._repeatable = bare and self._used
         self._used = True
@@ -297,10 +309,12 @@ class Connection(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._keep = False
         self._until_eof = False
-        self._answer = answer = EngineResponse(self, overflow)
+        self._answer = answer = EngineResponse(self, overflow, self._loop)
         self.state = _State.BUSY
-        if head_s is not None:
-            self._limit = self._loop.call_later(head_s, self._head_timeout)
+        if head_s is None:
+            self._deadline = None
+        else:
+            self._limit_head(head_s)
         self._transport.write(data)
         return answer
 
@@ -430,9 +444,6 @@ class Connection(asyncio.Protocol):
             raise ValueError("the engine sent a status that answers nothing")
         answer = self._answer
         assert answer is not None
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
         answer.status = status
         answer.headers = self._headers
         if status == 101:
@@ -445,13 +456,15 @@ class Connection(asyncio.Protocol):
                 name.lower() == b"connection" and value.lower() == b"close" for name, value in self._headers
             )
         elif status not in (204, 304):
-            names = {name.lower() for name, _ in self._headers}
-            if any(
-                name.lower() == b"transfer-encoding" and value.strip().lower() != b"chunked"
-                for name, value in self._headers
-            ):
-                raise ValueError("the engine sent a transfer coding that nobody asked for")
-            self._until_eof = b"content-length" not in names and b"transfer-encoding" not in names
+            self._until_eof = True
+            for name, value in self._headers:
+                lower = name.lower()
+                if lower == b"content-length":
+                    self._until_eof = False
+                elif lower == b"transfer-encoding":
+                    if value.strip().lower() != b"chunked":
+                        raise ValueError("the engine sent a transfer coding that nobody asked for")
+                    self._until_eof = False
 
     def on_body(self, body: bytes) -> None:
         """httptools."""
@@ -498,16 +511,32 @@ class Connection(asyncio.Protocol):
         else:
             self.close()
 
-    def _head_timeout(self) -> None:
-        assert self._answer is not None
-        self._answer.failed(RunnerError("engine_timeout", "the engine began no answer in time"))
+    def _limit_head(self, head_s: float) -> None:
+        """Set the time limit. The timer of an earlier request serves, if it looks in time: few are ever set."""
+        self._deadline = self._loop.time() + head_s
+        if self._timer is not None and self._timer.when() > self._deadline:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self._loop.call_later(head_s, self._look_at_head)
+
+    def _look_at_head(self) -> None:
+        self._timer = None
+        answer = self._answer
+        if answer is None or answer.status or self._deadline is None:
+            return
+        left_s = self._deadline - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look_at_head)
+            return
+        answer.failed(RunnerError("engine_timeout", "the engine began no answer in time"))
         self.close()
 
     def _lost(self) -> None:
         self.state = _State.CLOSED
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self.resume_writing()
         answer, self._answer = self._answer, None
         if answer is not None:

@@ -30,9 +30,10 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]
     named: set[bytes] = set()
     for field in headers:
         name = field[0].lower()
-        if name == b"connection":
-            named.update(token.strip().lower() for token in field[1].split(b","))
-        elif name not in dropped and not name.startswith(b"x-dr-"):
+        if name in dropped:
+            if name == b"connection":
+                named.update(token.strip().lower() for token in field[1].split(b","))
+        elif not name.startswith(b"x-dr-"):
             kept.append(field)
     if named - {b"close", b"keep-alive", b"upgrade"}:
         return [field for field in kept if field[0].lower() not in named]

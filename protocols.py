@@ -281,9 +281,18 @@ class HttpProtocol(asyncio.Protocol):
             keep_alive=version != "1.0" and parser.should_keep_alive(),
             expects_continue=found.get(b"expect", b"").lower() == b"100-continue",
         )
-        task = self._loop.create_task(cycle.run(self._app))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.add(self._loop.create_task(self._serve(cycle)))
+
+    async def _serve(self, cycle: Cycle) -> None:
+        """Have the application serve a request. It answers its own errors; what is left unfinished is cut off."""
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            await self._app(cast(Any, cycle.scope), cast(Any, cycle.receive), cycle.send)
+        finally:
+            if not cycle.response_complete and not cycle.disconnected:
+                cycle.abort()
+            self._tasks.discard(task)  # A callback for that would cost the loop another turn.
 
     def _check_head(self, version: str, found: dict[bytes, bytes]) -> None:
         """What the parser lets pass: heads too large, and what two readers could take for different requests."""

@@ -78,7 +78,7 @@ class EngineFace:
         rules.check(
             policy, operation, request.target, request.headers, whole or b"", has_body=request.body is not NO_BODY
         )
-        if _lasts(operation, request.target):
+        if operation.lasting and _lasts(operation, request.target):
             request.as_stream()
         label = policy.scope.label
         async with self._scopes.turn(operation, label):
@@ -177,7 +177,10 @@ async def _relay(
         # Whose an event is can be said of the whole of it only.
         framer = LineFramer() if is_own is None else LineFramer(max_line=MAX_EVENT)
     headers = end_to_end(response.headers, HOP_BY_HOP)
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    start = {"type": "http.response.start", "status": response.status, "headers": headers}
+    if response.ready and framer is None and check_whole is None:
+        start["docker_runner.held"] = True
+    await send(start)
     try:
         ended = False
         while not ended:
@@ -212,6 +215,6 @@ async def _read_whole(request: Request) -> bytes | None:
 def _body(request: Request) -> bytes | AsyncIterator[bytes] | None:
     if request.body is NO_BODY:
         # A stated length of 0 is passed on, an absent one stays absent.
-        return b"" if any(name == b"content-length" for name, _ in request.headers) else None
+        return b"" if b"content-length" in [name for name, _ in request.headers] else None
     data = request.body.data
     return request.body.chunks() if data is None else data

@@ -205,12 +205,13 @@ def create_runner_face(
     ) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
             verified = _verified(request.scope)
-            verified.asked = Asked(f"{method} {path}", bool(operation.stands_for), str, operation.stands_for)
+            route, changes = f"{method} {path}", bool(operation.stands_for)
+            verified.asked = Asked(route, changes, str, operation.stands_for)
             if method == "POST":
                 asked = await _decoded_body(request, struct)
             else:
                 asked = decoded_query(verified.target, struct)
-            verified.asked = verified.asked._replace(named=partial(_named, asked))
+            verified.asked = Asked(route, changes, partial(_named, asked), operation.stands_for)
             return await handler(calls(operation, request.scope), asked, request, options)
 
         return serve

@@ -9,11 +9,11 @@ Images are shared. So are names: that one is taken can be seen.
 """
 
 import asyncio
-import contextlib
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
@@ -38,6 +38,7 @@ _SHARED_NETWORKS = ("", "default", "bridge", "none", "host")
 """`host` is a matter of rules."""
 _NO_START_BODY = 7
 """Bytes: nothing that means something to the engine is as short; dockerode sends such."""
+_NO_WAIT = nullcontext()
 _USES_VOLUMES = frozenset(("VolumeCreate", "VolumeDelete", "VolumePrune", "ContainerCreate"))
 
 
@@ -78,17 +79,12 @@ class Scopes:
             self._scopes[label] = Scope(self._engine, label)
         return self._scopes[label]
 
-    @contextlib.asynccontextmanager
-    async def turn(self, operation: Operation, label: str) -> AsyncIterator[None]:
+    def turn(self, operation: Operation, label: str) -> AbstractAsyncContextManager[None]:
         """From the look at a volume's owner until the engine has done what was asked, no other volume changes hands."""
         if label:
             self.of(label)
         # Where nobody has a scope nothing is looked up, and nobody need wait.
-        if not self._scopes or operation.id not in _USES_VOLUMES:
-            yield
-        else:
-            async with self._volumes:
-                yield
+        return self._volumes if self._scopes and operation.id in _USES_VOLUMES else _NO_WAIT
 
 
 class _Labelled(msgspec.Struct, rename="pascal"):
