@@ -139,11 +139,11 @@ class Authentication:
             return  # Refused by the server before this task began.
         connection.on_disconnect(task.cancel)
         current_request.set(connection.request_id)
-        started = time.perf_counter()
-        request = Request(self, scope, receive, connection)
+        request: Request = scope.get("docker_runner.request") or Request(self, scope, receive, connection)
         told: RunnerError | None = None
         try:
-            await request.admit()
+            if not request.admitted:
+                await request.admit()
             await self._app(scope, receive, send)
         except RunnerError as error:
             told = error
@@ -170,21 +170,26 @@ class Authentication:
             else:
                 await _answer(scope, send, told)
         finally:
-            request.close()
-            if told is not None or (request.asked is not None and request.asked.changes):
-                self._audit.record(
-                    request_id=connection.request_id,
-                    client=connection.local or address(scope["client"]),
-                    method=scope.get("method", "GET"),
-                    target=connection.target,
-                    asked=request.asked,
-                    admitted=request.admitted,
-                    error=told,
-                    status=connection.status,
-                    sent=connection.sent,
-                    took_s=time.perf_counter() - started,
-                    key=request.key,
-                )
+            self.ended(request, told)
+
+    def ended(self, request: "Request", told: RunnerError | None) -> None:
+        """A request has ended, with `told` if that was an error: free what it held, and tell the audit log."""
+        request.close()
+        if told is not None or (request.asked is not None and request.asked.changes):
+            connection = request.connection
+            self._audit.record(
+                request_id=connection.request_id,
+                client=request.client,
+                method=request.method.decode(),
+                target=connection.target,
+                asked=request.asked,
+                admitted=request.admitted,
+                error=told,
+                status=connection.status,
+                sent=connection.sent,
+                took_s=time.perf_counter() - request.started,
+                key=request.key,
+            )
 
 
 class Request:
@@ -208,6 +213,7 @@ class Request:
         "key",
         "method",
         "signed",
+        "started",
         "target",
     )
 
@@ -229,6 +235,7 @@ class Request:
         """It is verified whole."""
         self.asked: Asked | None = None
         """What it asks for: said by the layer that knows, for the audit log."""
+        self.started = time.perf_counter()
         self._layer = layer
         self._scope = scope
         self._receive = receive
@@ -256,6 +263,27 @@ class Request:
                 await self._verify()
         self.admitted = True
         scope["docker_runner.request"] = self
+
+    def admit_bare(self) -> bool:
+        """Verify a signed request for the engine face that is a head alone. False: it is something else.
+
+        Raises:
+            RunnerError: the request is refused.
+        """
+        if self.connection.local or self.target.startswith(b"/v1/"):
+            return False
+        credentials = read_credentials(self.headers)
+        if credentials.content_hash is not None or _announced_body(self.headers)[0]:
+            return False
+        self._take_in(credentials, EMPTY_HASH)
+        self.admitted = True
+        self._scope["docker_runner.request"] = self
+        return True
+
+    @property
+    def client(self) -> str:
+        """Who asks, as text."""
+        return self.connection.local or address(self._scope["client"])
 
     def give_back(self) -> None:
         """Release the nonce: for a retryable failure, before that is told."""
@@ -289,24 +317,27 @@ class Request:
             if length > limit:
                 raise too_large(limit)
         if announced is not None:
-            verified = verifier.verify(credentials, self.method, self.target, announced)
-            self._nonce = verified.nonce
-            self.key = credentials.key
-            self._enter(layer.requests)
+            secret = self._take_in(credentials, announced)
             if announced == STREAMING:
-                await self._begin_chunks(verified.secret, credentials)
+                await self._begin_chunks(secret, credentials)
                 return
         actual = EMPTY_HASH
         if has_body:
             deadline_s = verifier.seconds_left(credentials) if announced is None else None
             actual = (await self._gather(limit, deadline_s)).encode()
         if announced is None:
-            self._nonce = verifier.verify(credentials, self.method, self.target, actual).nonce
-            self.key = credentials.key
-            self._give_back_budget()
-            self._enter(layer.requests)
+            self._take_in(credentials, actual)
         elif actual != announced and self._scope["type"] == "http":
             raise RunnerError("body_hash_mismatch", "the body is not the one that X-DR-Content-SHA256 announced")
+
+    def _take_in(self, credentials: Credentials, content_hash: bytes) -> bytes:
+        """Verify the signature, and count the request among those that are served. Returns the secret that signed."""
+        verified = self._layer.verifier.verify(credentials, self.method, self.target, content_hash)
+        self._nonce = verified.nonce
+        self.key = credentials.key
+        self._give_back_budget()
+        self._enter(self._layer.requests)
+        return verified.secret
 
     def _enter(self, places: Places) -> None:
         """Take a place among these, and give back the one that was held."""
@@ -372,8 +403,8 @@ class Request:
         if error.retryable:
             self.give_back()
         path = self.target.partition(b"?")[0][:200].decode("latin-1")
-        caller = self.connection.local or address(self._scope["client"])
-        log.info("%s %r from %s: %s: %r", self._scope.get("method", "WS"), path, caller, error.code, error.message)
+        method = self._scope.get("method", "WS")
+        log.info("%s %r from %s: %s: %r", method, path, self.client, error.code, error.message)
 
     def close(self) -> None:
         """Give back everything but the nonce."""

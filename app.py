@@ -15,6 +15,7 @@ from proxy import EngineFace
 from runner_face import create_runner_face
 from scope import Scopes
 from settings import Settings
+from shortcut import Shortcut
 from workloads import Options
 
 
@@ -67,7 +68,7 @@ class App:
             max_streams=settings.max_streams,
         )
         self.audit = Audit(settings.audit or ("text" if sys.stdout.isatty() else "json"))
-        self._protected: ASGIApp = Authentication(
+        protected = Authentication(
             self._route,
             self.verifier,
             limits,
@@ -75,6 +76,8 @@ class App:
             settings.path_prefix.encode(),
             settings.local_key or None,
         )
+        self._protected: ASGIApp = protected
+        self.at_once = Shortcut(protected, self._engine_face)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""

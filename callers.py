@@ -71,6 +71,10 @@ class Caller:
         if self._draining:
             callback()
 
+    def forget(self) -> None:
+        """Nobody asks to be told any more."""
+        self._on_disconnect = self._on_drain = None
+
     def leave(self) -> None:
         self._has_left = True
         if self._on_disconnect is not None:

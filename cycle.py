@@ -44,6 +44,9 @@ class Peer(Protocol):
     def answered(self) -> None:
         """The answer is complete."""
 
+    def serve(self, cycle: "Cycle") -> None:
+        """Have the application serve the request, in a task."""
+
 
 class Cycle(Caller):
     """One HTTP request and its answer; it is the `admission.Connection` of its request.
@@ -125,6 +128,28 @@ class Cycle(Caller):
             self.disconnected = True
             self._wake()
             super().leave()
+
+    def serve(self) -> None:
+        """Have the application serve the request, in a task."""
+        self._peer.serve(self)
+
+    def respond(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Give the whole answer at once, without waiting for a caller that reads slowly."""
+        self._head = self._render_head(status, headers)
+        self.response_started = True
+        self._send_body(body, last=True)
+
+    def pass_on(self, status: int, fields: bytes, body: bytes) -> None:
+        """As `respond`, with header fields that travel whole, as they came; not for HTTP/1.0 and status 204."""
+        self.status = status
+        self.response_started = True
+        own = b"x-request-id: %b\r\n" % self.request_id.encode()
+        if not self.keep_alive:
+            own += b"connection: close\r\n"
+        self._head = b"%b%b%b\r\n" % (STATUS_LINES[status], own, fields)
+        self._chunked = b"\ntransfer-encoding:" in b"\n" + fields.lower()
+        self._expected = -1  # The engine's parser has counted.
+        self._send_body(body, last=True)
 
     # What comes from the connection.
 

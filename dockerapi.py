@@ -77,8 +77,7 @@ class Engine:
         Raises:
             RunnerError: any `engine_*` code; what is `retryable` never reached the engine.
         """
-        lines = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
-        lines += [b"%b: %b\r\n" % field for field in headers]
+        lines = _head_lines(method, target, headers)
         pieces: AsyncIterator[bytes] | None = None
         tail = b"\r\n"
         if isinstance(body, bytes):
@@ -116,6 +115,26 @@ class Engine:
                 raise
             else:
                 return answer
+
+    def begin(
+        self, method: bytes, target: bytes, headers: Headers, body: bytes | None, *, head_s: float | None
+    ) -> EngineResponse | None:
+        """Send one small request at once, on a kept connection; None if there is none, and nothing was sent.
+
+        Args as of `request`, which the answer is as of before its head has come: see `EngineResponse.on_change`.
+        """
+        connection = self._kept()
+        if connection is None:
+            return None
+        lines = _head_lines(method, target, headers)
+        if body is not None:
+            lines.append(b"Content-Length: %d\r\n" % len(body))
+        lines.append(b"\r\n")
+        if body:
+            lines.append(body)
+        return connection.begin(
+            method, b"".join(lines), whole=True, bare=not body, upgrade=False, head_s=head_s, overflow=None
+        )
 
     async def ping(self, limit_s: float) -> None:
         """Ask the engine whether it is there.
@@ -253,6 +272,12 @@ class Engine:
             if not turn.done():
                 return turn
         return None
+
+
+def _head_lines(method: bytes, target: bytes, headers: Headers) -> list[bytes]:
+    lines = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
+    lines += [b"%b: %b\r\n" % field for field in headers]
+    return lines
 
 
 def _connect_error(error: OSError, path: str) -> RunnerError:

@@ -62,15 +62,19 @@ class EngineResponse:
         "_waiter",
         "_writer",
         "complete",
-        "headers",
+        "fields",
+        "on_change",
         "status",
     )
 
     def __init__(self, connection: "Connection", overflow: Overflow | None, loop: asyncio.AbstractEventLoop) -> None:
         self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.fields = b""
+        """The header fields as they came, each with the end of its line."""
         self.complete = False
         """The whole body has arrived (some of it may still wait to be taken). Excludes a `failure`."""
+        self.on_change: Callable[[], object] | None = None
+        """Called after each read, and when the answer fails; for who looks instead of waiting."""
         self._connection: Connection | None = connection
         self._loop = loop
         self._overflow = overflow
@@ -81,6 +85,15 @@ class EngineResponse:
         self._writer: asyncio.Task[None] | None = None
 
     # For the caller.
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The header fields, in order."""
+        fields = []
+        for line in self.fields.split(b"\r\n")[:-1]:
+            name, _, value = line.partition(b":")
+            fields.append((name, value.strip(b" \t")))
+        return fields
 
     @property
     def ended(self) -> bool:
@@ -109,6 +122,10 @@ class EngineResponse:
             if self._failure is not None:
                 raise self._failure
             await self._wait()
+        return self.take()
+
+    def take(self) -> bytes:
+        """All that has arrived of the body and was not taken yet."""
         chunks, self._chunks, self._size = self._chunks, [], 0
         if self._connection is not None:
             self._connection.resume_reading()
@@ -226,7 +243,9 @@ class EngineResponse:
 
     def wake(self) -> None:
         """Something changed: whoever waits looks again."""
-        if self._waiter is not None and not self._waiter.done():
+        if self.on_change is not None:
+            self.on_change()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def _wait(self) -> None:
@@ -305,8 +324,8 @@ class Connection(asyncio.Protocol):
         self._sent = whole
         self._repeatable = bare and self._used
         self._used = True
+        self._head = b""
         self._head_size = 0
-        self._headers: list[tuple[bytes, bytes]] = []
         self._keep = False
         self._until_eof = False
         self._answer = answer = EngineResponse(self, overflow, self._loop)
@@ -364,6 +383,7 @@ class Connection(asyncio.Protocol):
         else:
             if not answer.status:
                 self._head_size += len(data)
+                self._head = self._head + data if self._head else data
             try:
                 self._parser.feed_data(data)
                 if not answer.status and self._head_size > MAX_HEAD:
@@ -429,23 +449,25 @@ class Connection(asyncio.Protocol):
         if self._answer is None or self._answer.status:
             raise ValueError("the engine sent a second answer")
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """httptools."""
-        if self._answer is not None and not self._answer.status:  # A trailer is no header.
-            self._headers.append((name, value))
-
     def on_headers_complete(self) -> None:
-        """httptools."""
+        """httptools. It has checked the fields, which are cut out of what came: most are passed on as they stand."""
         status = self._parser.get_status_code()
+        head, _, rest = self._head.partition(b"\r\n\r\n")
         if 100 <= status < 200 and status != 101:
-            self._headers = []
+            self._head = rest
             return
         if not (200 <= status < 600 or (status == 101 and self._asks_upgrade)):
             raise ValueError("the engine sent a status that answers nothing")
         answer = self._answer
         assert answer is not None
+        fields = head.partition(b"\r\n")[2]
+        if fields:
+            fields += b"\r\n"
+        if fields.count(b"\n") != fields.count(b"\r\n") or b"\n " in fields or b"\n\t" in fields:
+            raise ValueError("the engine sent a folded header field")
+        self._head = b""
         answer.status = status
-        answer.headers = self._headers
+        answer.fields = fields
         if status == 101:
             return
         self._keep = self._parser.should_keep_alive()
@@ -453,18 +475,16 @@ class Connection(asyncio.Protocol):
             # The parser knows nothing of HEAD: it would wait for a body, without a length until the connection's end.
             answer.completed()
             self._keep = self._parser.get_http_version() == "1.1" and not any(
-                name.lower() == b"connection" and value.lower() == b"close" for name, value in self._headers
+                name.lower() == b"connection" and value.lower() == b"close" for name, value in answer.headers
             )
         elif status not in (204, 304):
-            self._until_eof = True
-            for name, value in self._headers:
-                lower = name.lower()
-                if lower == b"content-length":
-                    self._until_eof = False
-                elif lower == b"transfer-encoding":
-                    if value.strip().lower() != b"chunked":
-                        raise ValueError("the engine sent a transfer coding that nobody asked for")
-                    self._until_eof = False
+            names = b"\r\n" + fields.lower()
+            is_coded = b"\r\ntransfer-encoding:" in names
+            if is_coded and any(
+                name.lower() == b"transfer-encoding" and value.lower() != b"chunked" for name, value in answer.headers
+            ):
+                raise ValueError("the engine sent a transfer coding that nobody asked for")
+            self._until_eof = not is_coded and b"\r\ncontent-length:" not in names
 
     def on_body(self, body: bytes) -> None:
         """httptools."""

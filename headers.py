@@ -3,6 +3,7 @@
 Source: RFC 9110, section 7.6.1.
 """
 
+import re
 from collections.abc import Iterable
 
 Headers = list[tuple[bytes, bytes]]
@@ -22,6 +23,19 @@ HOP_BY_HOP = frozenset(
 """What concerns one connection only. What `Connection` names beside these is found by `end_to_end`."""
 NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 """Of a request: these too are made anew for the next connection."""
+
+
+_KEPT_BACK = re.compile(
+    b"\n(?:x-dr-|(?:%b):)" % b"|".join(sorted(HOP_BY_HOP - {b"transfer-encoding"} | {b"x-request-id"}))
+)
+
+
+def travel_whole(fields: bytes) -> bool:
+    """Whether all of an answer's header fields travel on, `Transfer-Encoding: chunked` included.
+
+    `fields` are lines as they came; nothing stands between a name and its colon.
+    """
+    return _KEPT_BACK.search(b"\n" + fields.lower()) is None
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

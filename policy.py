@@ -264,8 +264,10 @@ class Policy(Section, frozen=True):
         Raises:
             RunnerError: `policy_denied`.
         """
+        if version is None:
+            return
         major, _, minor = self.min_api_version.partition(".")
-        if version is not None and version < (int(major), int(minor)):
+        if version < (int(major), int(minor)):
             asked = f"{version[0]}.{version[1]}"
             self.deny("API versions before min_api_version", asked, f'min_api_version = "{asked}"')
 

@@ -68,6 +68,7 @@ class HttpProtocol(asyncio.Protocol):
         head_timeout_s: for a request's head, from its first byte.
         max_connections: of all callers together; one more is refused.
         on_refused: told of each refusal that is answered here.
+        at_once: asked to serve a request that has come whole; if it says no, a task is made for it.
         is_local: it came on the local socket, where requests need no signature.
         config, server_state, app_state, _loop: what uvicorn gives its protocols.
     """
@@ -79,6 +80,7 @@ class HttpProtocol(asyncio.Protocol):
         head_timeout_s: float,
         max_connections: int,
         on_refused: Callable[[Refusal], object],
+        at_once: Callable[[Cycle], bool] | None = None,
         *,
         is_local: bool = False,
         config: uvicorn.Config,
@@ -89,6 +91,7 @@ class HttpProtocol(asyncio.Protocol):
         self._head_timeout_s = head_timeout_s
         self._max_connections = max_connections
         self._on_refused = on_refused
+        self._at_once = at_once
         self._is_local = is_local
         self._uvicorns = {"config": config, "server_state": server_state, "app_state": app_state}
         self._app = config.loaded_app
@@ -104,6 +107,7 @@ class HttpProtocol(asyncio.Protocol):
         self._read_paused = False
         # Of the request whose head comes, or came last.
         self._cycle: Cycle | None = None
+        self._unserved: Cycle | None = None
         self._scope: dict[str, Any] = {}
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
@@ -168,8 +172,11 @@ class HttpProtocol(asyncio.Protocol):
             except httptools.HttpParserUpgrade as upgrade:
                 self._upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
+            self._unserved = None
             self._refuse(self._violation or RunnerError("bad_request", "not a well-formed HTTP/1.1 request"))
             return
+        if self._unserved is not None:
+            self._begin(self._unserved)
         if self._in_head:
             self._head_size += len(data)
             if self._head_size > MAX_HEAD or len(self._fields) > MAX_FIELDS:
@@ -226,6 +233,10 @@ class HttpProtocol(asyncio.Protocol):
             self._idle_since = self._loop.time()
             self.resume_reading()
 
+    def serve(self, cycle: Cycle) -> None:
+        """See `cycle.Peer`."""
+        self._tasks.add(self._loop.create_task(self._serve(cycle)))
+
     # httptools
 
     def on_message_begin(self) -> None:
@@ -272,7 +283,7 @@ class HttpProtocol(asyncio.Protocol):
         upgrades = parser.should_upgrade()
         if upgrades and self._is_websocket():
             return
-        self._cycle = cycle = scope["docker_runner"] = Cycle(
+        cycle = self._cycle = scope["docker_runner"] = Cycle(
             self,
             scope,
             url,
@@ -281,7 +292,12 @@ class HttpProtocol(asyncio.Protocol):
             keep_alive=version != "1.0" and parser.should_keep_alive(),
             expects_continue=found.get(b"expect", b"").lower() == b"100-continue",
         )
-        self._tasks.add(self._loop.create_task(self._serve(cycle)))
+        self._unserved = cycle  # Not before all that came with it is known to be well-formed.
+
+    def _begin(self, cycle: Cycle) -> None:
+        self._unserved = None
+        if self._at_once is None or cycle.more_body or self.write_paused or not self._at_once(cycle):
+            self.serve(cycle)
 
     async def _serve(self, cycle: Cycle) -> None:
         """Have the application serve a request. It answers its own errors; what is left unfinished is cut off."""

@@ -19,11 +19,11 @@ from admission import Connection, Request
 from audit import Asked
 from bodies import NO_BODY, too_large
 from dockerapi import Engine
-from engine_connection import EngineResponse
+from engine_connection import EngineResponse, NotProcessedError
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from operations import Kind, Operation
-from policy import Policies
+from policy import Policies, Policy
 from scope import Narrowed, Scopes
 from scope_events import MAX_EVENT, own_events
 from streams import LineFramer, progress_error
@@ -68,12 +68,11 @@ class EngineFace:
         """Relay one request, or refuse it with a `RunnerError`."""
         request: Request = scope["docker_runner.request"]
         connection = request.connection
+        begun: EngineResponse | None = scope.pop("docker_runner.answer", None)
+        if begun is not None and await _go_on(begun, connection, send):
+            return
         upgraded = scope["type"] == "websocket"
-        operation = operations.decide(b"POST" if upgraded else request.method, request.target)
-        request.asked = Asked(
-            operation.id, operation.method not in _READING, partial(_named, operation, request.target)
-        )
-        policy = self._policies().of(request.key)
+        operation, policy = self._decide(request, b"POST" if upgraded else request.method)
         whole = await _read_whole(request) if rules.needs_body(policy, operation) else None
         rules.check(
             policy, operation, request.target, request.headers, whole or b"", has_body=request.body is not NO_BODY
@@ -103,6 +102,32 @@ class EngineFace:
                     await _relay(response, operation.kind, connection, send, check_whole=line.check_whole)
             else:
                 await _relay(response, operation.kind, connection, send, is_own=is_own)
+
+    def begin(self, request: Request) -> EngineResponse | None:
+        """Decide on a request that is a head alone, and send it, if nothing has to be waited for before.
+
+        Raises:
+            RunnerError: it is refused.
+        """
+        operation, policy = self._decide(request, request.method)
+        if operation.kind is not Kind.PLAIN or operation.lasting:
+            return None
+        if policy.scope.label or self._scopes.must_wait(operation):
+            return None
+        rules.check(policy, operation, request.target, request.headers)
+        return self._engine.begin(
+            request.method,
+            request.target,
+            end_to_end(request.headers, NOT_FORWARDED),
+            _no_body(request),
+            head_s=self._head_s if operation.quick else None,
+        )
+
+    def _decide(self, request: Request, method: bytes) -> tuple[Operation, Policy]:
+        operation = operations.decide(method, request.target)
+        changes = operation.method not in _READING
+        request.asked = Asked(operation.id, changes, partial(_named, operation, request.target))
+        return operation, self._policies().of(request.key)
 
     async def _ask(self, request: Request, operation: Operation, asked: Narrowed, event_buffer: int) -> EngineResponse:
         """Send the request to the engine, as it was narrowed."""
@@ -155,6 +180,17 @@ async def _give(response: EngineResponse, body: bytes, send: Send) -> None:
     headers.append((b"Content-Length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _go_on(answer: EngineResponse, connection: Connection, send: Send) -> bool:
+    """Give an answer that was asked for in the short way. False: the engine has not read the request."""
+    with answer:
+        try:
+            await answer.head()
+        except NotProcessedError:
+            return False
+        await _relay(answer, Kind.PLAIN, connection, send)
+        return True
 
 
 async def _relay(
@@ -212,9 +248,13 @@ async def _read_whole(request: Request) -> bytes | None:
     return bytes(await request.body.read(MAX_INSPECTED))
 
 
+def _no_body(request: Request) -> bytes | None:
+    """A stated length of 0 is passed on, an absent one stays absent."""
+    return b"" if b"content-length" in [name for name, _ in request.headers] else None
+
+
 def _body(request: Request) -> bytes | AsyncIterator[bytes] | None:
     if request.body is NO_BODY:
-        # A stated length of 0 is passed on, an absent one stays absent.
-        return b"" if b"content-length" in [name for name, _ in request.headers] else None
+        return _no_body(request)
     data = request.body.data
     return request.body.chunks() if data is None else data

@@ -83,8 +83,11 @@ class Scopes:
         """From the look at a volume's owner until the engine has done what was asked, no other volume changes hands."""
         if label:
             self.of(label)
-        # Where nobody has a scope nothing is looked up, and nobody need wait.
-        return self._volumes if self._scopes and operation.id in _USES_VOLUMES else _NO_WAIT
+        return self._volumes if self.must_wait(operation) else _NO_WAIT
+
+    def must_wait(self, operation: Operation) -> bool:
+        """Whether an operation has a turn. Where nobody has a scope nothing is looked up, and nobody need wait."""
+        return bool(self._scopes) and operation.id in _USES_VOLUMES
 
 
 class _Labelled(msgspec.Struct, rename="pascal"):

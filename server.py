@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from callers import Callback
+from cycle import Cycle
 from protocols import CLOSE_S, HttpProtocol, Refusal
 from websocket_protocol import WebSocket
 
@@ -182,6 +183,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def create_server(
     app: ASGIApp,
     *,
+    at_once: Callable[[Cycle], bool],
     head_timeout_s: float,
     keep_alive_s: float,
     grace_s: float,
@@ -193,11 +195,16 @@ def create_server(
     on_reload: Callback,
     on_started: Callback,
 ) -> Server:
-    """A server of `app`; `run(sockets)` serves until SIGTERM. Times in seconds."""
+    """A server of `app`; `run(sockets)` serves until SIGTERM. Times in seconds.
+
+    `at_once` is asked first, for requests that have come whole; not behind a trusted proxy, whose callers the
+    application sees through a layer of uvicorn's.
+    """
+    shortcut = None if trusted_proxies else at_once
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s, max_connections, on_refused)),
+        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s, max_connections, on_refused, shortcut)),
         ws=WebSocket,
         ws_max_size=MAX_WEBSOCKET_MESSAGE,
         ws_ping_interval=None,

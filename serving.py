@@ -68,6 +68,7 @@ class _Service:
         self._app = create_app(settings)
         self.server = create_server(
             self._app,
+            at_once=self._app.at_once,
             head_timeout_s=settings.head_timeout_s,
             keep_alive_s=settings.keep_alive_s,
             grace_s=settings.grace_s,
