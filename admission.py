@@ -15,11 +15,12 @@ from typing import Protocol
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from audit import Asked, Audit, current_request, shown
+from audit import Asked, Audit
 from auth import STREAMING, Credentials, Headers, Verifier, read_credentials
 from bodies import NO_BODY, Body, Budget, SignedChunks, too_large
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
+from logs import current_request, shown
 from streams import SignedChunkReader
 
 log = logging.getLogger("docker_runner.admission")

@@ -11,6 +11,8 @@ from admission import Authentication, Limits
 from audit import Audit
 from auth import Verifier, wall_clock_ms
 from dockerapi import Engine
+from engine_watch import EngineWatch
+from logs import form_for
 from proxy import EngineFace
 from runner_face import create_runner_face
 from scope import Scopes
@@ -22,7 +24,7 @@ from workloads import Options
 class App:
     """The whole service as one ASGI application.
 
-    `verifier` may be given new secrets while it runs, and `policies` may be replaced.
+    `verifier` may be given new secrets while it runs, and `policies` may be replaced. `watch` is to be begun.
     """
 
     def __init__(
@@ -37,6 +39,9 @@ class App:
             max_connections=settings.engine_connections,
             queue_s=settings.engine_queue_s,
             connect_s=settings.engine_connect_s,
+        )
+        self.watch = EngineWatch(
+            settings.engine_socket, connect_s=settings.engine_connect_s, every_s=settings.engine_watch_s
         )
         self.verifier = Verifier(
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
@@ -67,7 +72,7 @@ class App:
             max_requests=settings.max_requests,
             max_streams=settings.max_streams,
         )
-        self.audit = Audit(settings.audit or ("text" if sys.stdout.isatty() else "json"))
+        self.audit = Audit(settings.audit or form_for(settings.log_format, sys.stdout))
         protected = Authentication(
             self._route,
             self.verifier,
@@ -99,6 +104,7 @@ class App:
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        await self.watch.end()
         self.engine.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -6,32 +6,23 @@ What callers choose (names, paths, ids) is shown so that it can neither end a li
 Lines go out one write each, when the request has ended. None is dropped: whoever reads them sets the pace.
 """
 
-import json
 import logging
-import os
 import re
-import select
 import sys
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
-from datetime import UTC, datetime
 
 import msgspec
 
 from errors import RunnerError
+from logs import Output, shown, text_line, timestamp
 
 log = logging.getLogger("docker_runner.audit")
 
 FORMS = ("json", "text", "off")
-MAX_SHOWN = 256
-"""Characters that are shown of a value which a caller chose."""
-_BARE = re.compile(r"[!#-<>-~]+")
+_LOGGER = log.name
 _FAILURE = re.compile(r"engine_\w+|no_such_\w+|\w+_failed|exec_\w*timeout|conflict|container_stopped_paused")
 _FAILURES = frozenset(("bad_parameter", "server_error", "output_too_large", "docker_unavailable", "internal_error"))
-
-current_request: ContextVar[str] = ContextVar("current_request", default="")
-"""The id of the request that is being served, for every line of the log."""
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -51,6 +42,10 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A line; fields that say nothing are left out. `ms` is the whole time, `bytes` the length of the answer's body."""
 
     time: str
+    level: str
+    logger: str
+    message: str
+    request_id: str
     decision: str
     operation: str = ""
     operations: tuple[str, ...] = ()
@@ -63,7 +58,6 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bytes: int = 0
     key: str = ""
     client: str
-    id: str
 
 
 class Audit:
@@ -82,7 +76,7 @@ class Audit:
         clock_s: Callable[[], float] = time.time,
     ) -> None:
         self._form = form
-        self._write = write or _Stdout()
+        self._write = write or Output(sys.stdout, _failed, _recovered)
         self._clock_s = clock_s
 
     def record(
@@ -116,11 +110,16 @@ class Audit:
         refused = error is not None and (not admitted or not is_failure(error.code))
         if self._form == "off" or not (refused or (asked is not None and asked.changes)):
             return
-        now = datetime.fromtimestamp(self._clock_s(), UTC).isoformat(timespec="milliseconds")
+        decision, level = ("refused", "warn") if refused else ("allowed", "info")
+        operation = asked.operation if asked else ""
         line = Line(
-            time=now.replace("+00:00", "Z"),
-            decision="refused" if refused else "allowed",
-            operation=asked.operation if asked else "",
+            time=timestamp(self._clock_s()),
+            level=level,
+            logger=_LOGGER,
+            message=f"{decision} {operation}" if operation else decision,
+            request_id=request_id,
+            decision=decision,
+            operation=operation,
             operations=asked.stands_for if asked else (),
             request="" if asked else shown(f"{method} {target.partition(b'?')[0].decode('latin-1')}"),
             object=shown(asked.named()) if asked else "",
@@ -131,7 +130,6 @@ class Audit:
             bytes=sent,
             key=shown(key or ""),
             client=shown(client),
-            id=request_id,
         )
         self._write((msgspec.json.encode(line) if self._form == "json" else _text(line).encode()) + b"\n")
 
@@ -141,42 +139,16 @@ def is_failure(code: str) -> bool:
     return code in _FAILURES or _FAILURE.fullmatch(code) is not None
 
 
-def shown(text: str) -> str:
-    """A caller's text with nothing in it that a terminal or a reader of lines takes for more than text."""
-    if len(text) > MAX_SHOWN:
-        text = text[:MAX_SHOWN] + "..."
-    return text if text.isprintable() and "\\" not in text else repr(text)[1:-1]
-
-
 def _text(line: Line) -> str:
     fields = msgspec.structs.asdict(line)
-    parts = [fields.pop("time"), fields.pop("decision"), fields.pop("operation") or "-"]
-    for name, value in fields.items():
-        if value:
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            parts.append(f"{name}={text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)}")
-    return " ".join(parts)
+    head = fields.pop("time"), fields.pop("level"), fields.pop("logger")
+    del fields["decision"], fields["operation"]  # The message says them.
+    return text_line(head, fields.pop("request_id"), fields.pop("message"), fields)
 
 
-class _Stdout:
-    """Standard output, one write a line; where it fails, the log says so, once until it works again."""
+def _failed(error: Exception) -> None:
+    log.error("the audit log cannot be written: %s; requests go on without: look at what reads stdout", error)
 
-    def __init__(self) -> None:
-        self._works = True
 
-    def __call__(self, line: bytes) -> None:
-        left = memoryview(line)
-        try:
-            while left:
-                try:
-                    left = left[os.write(sys.stdout.fileno(), left) :]
-                except BlockingIOError:  # Somebody who shares the pipe made it so.
-                    poll = select.poll()
-                    poll.register(sys.stdout.fileno(), select.POLLOUT)
-                    poll.poll()
-        except (OSError, ValueError) as error:
-            if self._works:
-                log.error("the audit log cannot be written: %s", error)
-            self._works = False
-        else:
-            self._works = True
+def _recovered(lost: int) -> None:
+    log.warning("the audit log is written again; lines lost: %d", lost)

@@ -51,6 +51,14 @@ class Keyring(msgspec.Struct, frozen=True):
 
     secrets: tuple[tuple[str | None, str], ...]
 
+    def __repr__(self) -> str:
+        """How many, and whose: who prints settings prints no secret."""
+        return f"Keyring({len(self.secrets)} of {self.names()})"
+
+    def names(self) -> list[str | None]:
+        """Each key's name once, in order; None for the unnamed ones."""
+        return list(dict.fromkeys(name for name, _ in self.secrets))
+
     @classmethod
     def parse(cls, text: str) -> "Keyring":
         """Read a secret file: one secret a line, `name:secret` for a named key; empty lines are passed over.

@@ -135,7 +135,7 @@ class Body:
             await self._in_thread(self._spool, piece)
         except OSError as error:
             # Strangers may cause this: what exactly went wrong, and where, is for the log.
-            log.error("a request's body could not be kept in a temporary file: %s", error)
+            log.error("a request's body could not be kept in a temporary file: %s; look at TMPDIR (or /tmp)", error)
             raise RunnerError("spool_failed", "the body could not be kept on disk; try again soon") from error
 
     def _spool(self, piece: bytearray) -> None:

@@ -27,8 +27,10 @@ from urllib.parse import urlsplit
 import h11
 
 import local_socket
+from callers import well_formed_id
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
+from logs import current_request
 from tool import LeftError, Tool
 from uplink import READ, BrokenOffError, Exchange, NoMoreError, Pipe, Stream, Uplink
 
@@ -95,7 +97,7 @@ class Bridge:
             log.warning("an answer broke off: %s", error)
             tool.reset()
         except Exception:
-            log.exception("a defect while serving a tool")
+            log.exception("a defect while serving a tool: please report it with this trace")
         finally:
             tool.abort()
 
@@ -111,6 +113,7 @@ class Bridge:
     async def _serve(self, tool: Tool, request: h11.Request) -> bool:
         """Serve one request; whether another may follow on this connection."""
         target = request.target.decode("ascii")
+        current_request.set(well_formed_id(request.headers))
         try:
             if not self._local:
                 _check_origin(request.headers)
@@ -133,7 +136,7 @@ class Bridge:
 
     async def _ask(self, tool: Tool, request: h11.Request, body: bytes | None, websocket: bool) -> None:
         method, target = request.method.decode("ascii"), request.target.decode("ascii")
-        headers = end_to_end(request.headers.raw_items(), NOT_FORWARDED)
+        headers = _onward(request)
         if websocket:
             headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
         async with self._uplink.request(method, target, headers, body) as exchange:
@@ -146,7 +149,7 @@ class Bridge:
         """Serve a request whose connection the engine takes over."""
         # Of an attach nothing is a body: the engine takes whatever follows the head for input, chunk marks included.
         body = b"" if attach and tool.chunked else await tool.read_body(WHOLE)
-        headers = end_to_end(request.headers.raw_items(), NOT_FORWARDED)
+        headers = _onward(request)
         async with self._uplink.stream(request.target.decode("ascii"), headers, body) as stream:
             if stream.status != 101:
                 await tool.give(stream.status, stream.headers, stream.body)
@@ -174,6 +177,14 @@ def listen(address: str) -> socket.socket:
     if not ipaddress.ip_address(found[0]).is_loopback:
         raise ValueError("must be loopback: whoever can connect is root on the engine's host")
     return socket.create_server(found[:2], family=family)
+
+
+def _onward(request: h11.Request) -> list[tuple[bytes, bytes]]:
+    """The headers that go on: the tool's, and where it gave no id, the one under which the bridge logs."""
+    headers = end_to_end(request.headers.raw_items(), NOT_FORWARDED)
+    if not any(name == b"x-request-id" for name, _ in request.headers):
+        headers.append((b"X-Request-Id", current_request.get().encode()))
+    return headers
 
 
 async def _side_by_side(answer: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
+import logs
+from client import __version__
 from client import sign as signed_headers
 from curl import UsageError, signed_arguments
 from settings import (
@@ -25,6 +27,7 @@ from settings import (
     read_engine_socket,
     read_keyring,
     read_settings,
+    read_variable,
 )
 
 __all__ = ["SHORTEST_SECRET", "UsageError", "allow_many_files", "bridge", "check", "curl", "openapi", "probe", "sign"]
@@ -58,7 +61,8 @@ def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ:
     from uplink import Uplink
 
     keyring = read_keyring(environ)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    level, form = (read_variable(name, environ) for name in ("DOCKER_RUNNER_LOG_LEVEL", "DOCKER_RUNNER_LOG_FORMAT"))
+    logs.set_up(level, form)
     if any(tls_files.values()) and not url.startswith("https:"):
         raise UsageError("--ca, --cert, --key: are for https")
     try:
@@ -76,16 +80,23 @@ def bridge(url: str, address: str, tls_files: Mapping[str, str | None], environ:
         try:
             keyring = read_keyring(environ)
         except SettingsError as error:
-            log.error("kept the old secret: %s", error)
+            log.error("kept the old secret: %s; mend that, and send SIGHUP again", error)
         else:
             log.info("read the secret again")
 
     async def run() -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.set_exception_handler(logs.on_loop_error)
         name = sock.getsockname()
         host = name if isinstance(name, str) else name[0]
         where = f"unix://{host}" if isinstance(name, str) else f"tcp://{f'[{host}]' if ':' in host else host}:{name[1]}"
-        await Bridge(uplink, sock).serve(lambda: log.info("bridge listens on %s, for the runner at %s", where, url))
+        key, _ = keyring.secrets[0]
+        fields = {"version": __version__, "python": sys.version.split()[0], "key": key or "(unnamed)"}
+        told = {"fields": fields}
+        await Bridge(uplink, sock).serve(
+            lambda: log.info("bridge listens on %s, for the runner at %s", where, uplink.url, extra=told)
+        )
 
     allow_many_files()
     uvloop.run(run())
@@ -212,10 +223,7 @@ def probe(path: str, environ: Mapping[str, str]) -> int:
     host, port = (environ.get(name) or VARIABLES[name].default for name in ("DOCKER_RUNNER_HOST", "DOCKER_RUNNER_PORT"))
     host = EVERY_ADDRESS.get(host, host)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
-    try:
-        number = VARIABLES["DOCKER_RUNNER_PORT"].read(port)
-    except ValueError as error:
-        raise SettingsError(f"DOCKER_RUNNER_PORT: {error}, not {port!r}") from error
+    number = read_variable("DOCKER_RUNNER_PORT", environ)
     connection = http.client.HTTPConnection(host, number, timeout=CHECK_LIMIT_S)
     if local := environ.get("DOCKER_RUNNER_LOCAL_SOCKET"):  # The one way in where callers must show a certificate.
         where = f"{local}: {path}"

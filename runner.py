@@ -4,13 +4,15 @@ The command line. What the commands do is in `serving.py` and `commands.py`; the
 """
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dotenv import load_dotenv
 
 import commands
+import logs
 from client import __version__
 from settings import SettingsError
 
@@ -83,8 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     options.method, options.path, options.data, options.data_file, options.format, environ
                 )
     except (SettingsError, commands.UsageError) as error:
-        print(f"docker-runner: {error}", file=sys.stderr)
+        _complain(error, given, environ)
         return 2 if isinstance(error, commands.UsageError) else 1
+
+
+def _complain(error: Exception, given: Sequence[str], environ: Mapping[str, str]) -> None:
+    """One line on stderr; JSON where what runs on is told to log so."""
+    if given[:1] in (["serve"], ["bridge"]) and environ.get("DOCKER_RUNNER_LOG_FORMAT") == "json":
+        logs.set_up("fatal", "json")
+        logging.getLogger("docker_runner").critical("%s", error)
+    else:
+        print(f"docker-runner: {error}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,23 +1,26 @@
 """What `serve` does: the service run until SIGTERM, its secrets, policy and certificates read again on SIGHUP."""
 
+import asyncio
 import logging
 import socket
+import ssl
 import sys
 from collections.abc import Mapping
 
 import admission
-import audit
 import local_socket
+import logs
 from app import create_app
 from auth import Keyring
 from client import __version__
 from commands import SHORTEST_SECRET, allow_many_files
-from policy import Policies
+from policy import PRESETS, Policies
 from protocols import Refusal
 from server import BACKLOG, create_server, listen
 from settings import Settings, SettingsError, read_keyring, read_policies, read_settings, read_tls
 
-_LEVELS = {"trace": 5, "debug": 10, "info": 20, "warn": 30, "error": 40, "fatal": 50}
+MAX_NAMES = 32
+"""Of keys, in the line that tells of the start."""
 
 log = logging.getLogger("docker_runner")
 
@@ -29,7 +32,7 @@ def serve(environ: Mapping[str, str]) -> int:
         SettingsError: a variable is missing or wrong.
     """
     settings = read_settings(environ)
-    _log_to_stderr(_LEVELS[settings.log_level])
+    logs.set_up(settings.log_level, settings.log_format)
     sockets = _listen(settings)
     local = _listen_locally(settings)
     _warn_of_short_secrets(settings.keyring)
@@ -82,36 +85,52 @@ class _Service:
         )
 
     def _started(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(logs.on_loop_error)
         settings = self._settings
-        scheme = "http" if settings.tls is None else "https"
-        for sock in self._sockets:
-            host, port = sock.getsockname()[:2]
-            address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-            log.info("docker-runner %s listens on %s, engine at %s", __version__, address, settings.engine_socket)
+        addresses = [_address(sock, secure=settings.tls is not None) for sock in self._sockets]
         if settings.local_socket:
-            log.info("unsigned requests are taken at %s", settings.local_socket)
+            addresses.append(f"unix://{settings.local_socket} (unsigned)")
+        log.info(
+            "docker-runner %s listens on %s",
+            __version__,
+            ", ".join(addresses),
+            extra={
+                "fields": {
+                    "version": __version__,
+                    "python": sys.version.split()[0],
+                    "engine": settings.engine_socket,
+                    "tls": _tls(settings.tls),
+                    **_policies(self._environ, settings.policies),
+                    **_keys(settings.keyring),
+                    "audit": settings.audit or logs.form_for(settings.log_format, sys.stdout),
+                }
+            },
+        )
+        self._app.watch.begin()
 
     def _reload(self) -> None:
         """Read secrets, policy and certificate again, each by itself: one that is wrong stays as it was."""
         try:
             self._app.verifier.keyring = read_keyring(self._environ)
         except SettingsError as error:
-            log.error("kept the old secrets: %s", error)
+            log.error("kept the old secrets: %s; mend that, and send SIGHUP again", error)
         else:
-            log.info("read the secrets again: %d accepted", len(self._app.verifier.keyring.secrets))
+            keyring = self._app.verifier.keyring
+            log.info("read the secrets again: %d accepted", len(keyring.secrets), extra={"fields": _keys(keyring)})
             _warn_of_short_secrets(self._app.verifier.keyring)
         try:
             self._app.policies = read_policies(self._environ)
         except SettingsError as error:
-            log.error("kept the old policy: %s", error)
+            log.error("kept the old policy: %s; mend that, and send SIGHUP again", error)
         else:
-            log.info("read the policy again: %s", self._app.policies.default.name)
+            fields = _policies(self._environ, self._app.policies)
+            log.info("read the policy again: %s", fields["policy"], extra={"fields": fields})
         _tell_of_nobodys(self._app.policies, self._app.verifier.keyring)
         if self.server.tls is not None:
             try:
                 self.server.tls = read_tls(self._environ)
             except SettingsError as error:
-                log.error("kept the old certificate: %s", error)
+                log.error("kept the old certificate: %s; mend that, and send SIGHUP again", error)
             else:
                 log.info("read the certificate again")
 
@@ -119,7 +138,7 @@ class _Service:
         """What the server refused by itself, before the application."""
         client = refusal.local or admission.address(refusal.client)
         error = refusal.error
-        log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request": f"[{refusal.id}] "})
+        log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request_id": refusal.id})
         self._app.audit.record(
             request_id=refusal.id,
             client=client,
@@ -131,22 +150,39 @@ class _Service:
         )
 
 
-def _log_to_stderr(level: int) -> None:
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s: %(request)s%(message)s", stream=sys.stderr
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_name_request)
-    for chatty in ("uvicorn", "uvicorn.error", "asyncio"):
-        logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
+def _address(sock: socket.socket, *, secure: bool) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http{'s' if secure else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _name_request(record: logging.LogRecord) -> bool:
-    """Every line about a request bears its id."""
-    if not hasattr(record, "request"):
-        current = audit.current_request.get()
-        record.request = f"[{current}] " if current else ""
-    return True
+def _tls(context: ssl.SSLContext | None) -> str:
+    if context is None:
+        return "off"
+    return "mutual" if context.verify_mode == ssl.CERT_REQUIRED else "on"
+
+
+def _policies(environ: Mapping[str, str], policies: Policies) -> dict[str, object]:
+    """Which policy holds, whose own is another, and whose scope is which label."""
+    named = environ.get("DOCKER_RUNNER_POLICY", "")
+    every = {"default": policies.default, **policies.keys}
+    scopes = [f"{owner}:{policy.scope.label}" for owner, policy in every.items() if policy.scope.label]
+    return {
+        "policy": policies.default.name,
+        "policy_file": "" if named in PRESETS else named,
+        "key_policies": _first([f"{key}:{policy.name}" for key, policy in policies.keys.items()]),
+        "scopes": _first(scopes) or ("none",),
+    }
+
+
+def _keys(keyring: Keyring) -> dict[str, object]:
+    """Whose secrets there are, and how many; never a part of one."""
+    names = _first([name or "(unnamed)" for name in keyring.names()])
+    return {"keys": names, "secrets": len(keyring.secrets)}
+
+
+def _first(names: list[str]) -> tuple[str, ...]:
+    more = len(names) - MAX_NAMES
+    return (*names[:MAX_NAMES], f"({more} more)") if more > 0 else tuple(names)
 
 
 def _listen(settings: Settings) -> list[socket.socket]:
@@ -171,7 +207,7 @@ def _listen_locally(settings: Settings) -> socket.socket | None:
 def _tell_of_nobodys(policies: Policies, keyring: Keyring) -> None:
     """A policy of a key that is not there: misspelt, perhaps, and then the key has the default policy."""
     for name in policies.keys.keys() - {owner for owner, _ in keyring.secrets}:
-        log.error("the policy [keys.%s] is nobody's: no secret has that name", name)
+        log.error("the policy [keys.%s] is nobody's: no secret has that name; see `docker-runner check`", name)
 
 
 def _warn_of_short_secrets(keyring: Keyring) -> None:

@@ -7,13 +7,14 @@ import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 import audit
+import logs
 from auth import Keyring
 from policy import PRESETS, Policies
 from policy_file import PolicyError
@@ -22,7 +23,6 @@ from policy_file import parse as parse_policy
 MIB = 1024 * 1024
 MAX_SOCKET_PATH = 107
 """Bytes of a Unix socket's address."""
-LOG_LEVELS = ("trace", "debug", "info", "warn", "error", "fatal")
 
 
 class SettingsError(Exception):
@@ -38,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     signature_ttl_ms: int
     log_level: str
+    log_format: str
     max_body: int
     max_upload: int
     max_unverified: int
@@ -59,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sse_keep_alive_s: float
     policies: Policies
     audit: str
+    engine_watch_s: float
     tls: ssl.SSLContext | None
     local_socket: str
     local_key: str
@@ -88,21 +90,18 @@ def _seconds(low_ms: int, high_ms: int) -> Callable[[str], float]:
     return lambda text: _integer(low_ms, high_ms)(text) / 1000
 
 
-def _level(text: str) -> str:
-    if text not in LOG_LEVELS:
-        raise ValueError(f"must be one of {' '.join(LOG_LEVELS)}")
-    return text
+def _one_of(words: Iterable[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"must be one of {' '.join(words)}")
+        return text
+
+    return read
 
 
 def _prefix(text: str) -> str:
     if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
         raise ValueError("must be a path such as /runner, without a slash at its end")
-    return text
-
-
-def _form(text: str) -> str:
-    if text and text not in audit.FORMS:
-        raise ValueError(f"must be one of {' '.join(audit.FORMS)}")
     return text
 
 
@@ -127,7 +126,12 @@ VARIABLES: Mapping[str, Variable] = {
     "DOCKER_RUNNER_SIGNATURE_TTL_MS": Variable(
         "60000", _integer(1000, 3_600_000), "signature_ttl_ms", "Accepted clock difference, either way, in ms."
     ),
-    "DOCKER_RUNNER_LOG_LEVEL": Variable("info", _level, "log_level", "One of trace debug info warn error fatal."),
+    "DOCKER_RUNNER_LOG_LEVEL": Variable(
+        "info", _one_of(logs.LEVELS), "log_level", "One of trace debug info warn error fatal."
+    ),
+    "DOCKER_RUNNER_LOG_FORMAT": Variable(
+        "auto", _one_of(logs.FORMATS), "log_format", "`json`, `text`, or `auto`: text on a terminal, else JSON."
+    ),
     "DOCKER_RUNNER_MAX_BODY": Variable(
         str(64 * MIB), _integer(1024, 1 << 40), "max_body", "Longest body without `X-DR-Content-SHA256`, in bytes."
     ),
@@ -195,7 +199,16 @@ VARIABLES: Mapping[str, Variable] = {
         "15000", _seconds(100, 3_600_000), "sse_keep_alive_s", "A quiet SSE stream carries a comment this often, in ms."
     ),
     "DOCKER_RUNNER_AUDIT": Variable(
-        "", _form, "audit", "Audit log on stdout: `json`, `text` or `off`. If absent `text` on a terminal, else `json`."
+        "",
+        lambda text: text and _one_of(audit.FORMS)(text),
+        "audit",
+        "Audit log on stdout: `json`, `text` or `off`; if absent, as `DOCKER_RUNNER_LOG_FORMAT` says.",
+    ),
+    "DOCKER_RUNNER_ENGINE_WATCH_MS": Variable(
+        "5000",
+        lambda text: 0.0 if text == "0" else _seconds(100, 3_600_000)(text),
+        "engine_watch_s",
+        "How often the engine is asked whether it is there, for the log, in ms; 0: never.",
     ),
     "DOCKER_RUNNER_LOCAL_SOCKET": Variable(
         "",
@@ -344,19 +357,27 @@ def read_engine_socket(environ: Mapping[str, str]) -> str:
         raise SettingsError(f"{variable}: {error}") from error
 
 
+def read_variable(name: str, environ: Mapping[str, str]) -> Any:
+    """One of `VARIABLES`.
+
+    Raises:
+        SettingsError: it is wrong.
+    """
+    variable = VARIABLES[name]
+    text = environ.get(name, "") or variable.default
+    try:
+        return variable.read(text)
+    except ValueError as error:
+        raise SettingsError(f"{name}: {error}, not {text!r}") from error
+
+
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """All settings from an environment.
 
     Raises:
         SettingsError: the first variable that is missing or wrong.
     """
-    values: dict[str, Any] = {}
-    for name, variable in VARIABLES.items():
-        text = environ.get(name, "") or variable.default
-        try:
-            values[variable.field] = variable.read(text)
-        except ValueError as error:
-            raise SettingsError(f"{name}: {error}, not {text!r}") from error
+    values = {variable.field: read_variable(name, environ) for name, variable in VARIABLES.items()}
     return Settings(
         keyring=read_keyring(environ),
         engine_socket=read_engine_socket(environ),

@@ -77,7 +77,7 @@ class Uplink:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"must be http://HOST:PORT or https://HOST:PORT, not {url!r}")
-        if parts.username or parts.query or parts.fragment:
+        if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError("cannot hold a user, a query or a fragment")
         secure = parts.scheme == "https"
         self.url = url.rstrip("/")

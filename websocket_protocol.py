@@ -5,6 +5,7 @@ sees no caller leave while its input waits.
 """
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any, cast
@@ -22,6 +23,9 @@ FEED_S = 0.01
 LEAST_FEED = 4096
 MOST_FEED = 256 * 1024
 
+log = logging.getLogger("uvicorn.websockets")
+log.setLevel(logging.WARNING)  # What uvicorn and websockets say below that holds queries (and so `env`), and frames.
+
 
 class WebSocket(Caller, WebSocketsSansIOProtocol):
     """One WebSocket; it is the `admission.Connection` of its upgrade request."""
@@ -29,6 +33,8 @@ class WebSocket(Caller, WebSocketsSansIOProtocol):
     def __init__(self, target: bytes, request_id: str, local: str, **uvicorns: Any) -> None:
         Caller.__init__(self)
         WebSocketsSansIOProtocol.__init__(self, **uvicorns)
+        self.logger = self.conn.logger = log
+        self.conn.debug = False
         self.target = target
         self.request_id = request_id
         self.local = local

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from client import sign
 
@@ -59,6 +60,7 @@ class Runner:
             "DOCKER_RUNNER_HOST": "127.0.0.1",
             "DOCKER_RUNNER_PORT": "0",
             "DOCKER_RUNNER_ENV": "production",
+            "DOCKER_RUNNER_ENGINE_WATCH_MS": "0",  # An engine of a script counts what comes.
             "DOCKER_RUNNER_POLICY": "everything",  # What a policy refuses is a matter of tests of their own.
             **(environ or {}),
         }
@@ -160,6 +162,18 @@ class Runner:
         with self._logged:
             said = self._logged.wait_for(lambda: any(text in line for line in self.log), limit_s)
         assert said, f"the log does not say {text!r}"
+
+    def wait_for_line(self, limit_s: float = 10, **fields: Any) -> dict[str, Any]:
+        """Wait for a line of the log, which is JSON, with these fields; the first there is."""
+
+        def found() -> dict[str, Any] | None:
+            lines = (json.loads(line) for line in self.log)
+            return next((line for line in lines if fields.items() <= line.items()), None)
+
+        with self._logged:
+            line = self._logged.wait_for(found, limit_s)
+        assert line is not None, f"the log has no line with {fields}"
+        return line
 
     def sockets(self) -> int:
         """How many sockets the process holds: its listener, its callers, its connections to the engine, its own."""

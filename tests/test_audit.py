@@ -53,7 +53,7 @@ class Told:
     def of(self, request_id: str) -> dict[str, Any]:
         """The one line about a request, as soon as it is there."""
         assert wait_until(lambda: f'"{request_id}"' in self.text(), 10), f"no line about {request_id}"
-        (line,) = [line for line in self.lines() if line["id"] == request_id]
+        (line,) = [line for line in self.lines() if line["request_id"] == request_id]
         return line
 
 
@@ -104,8 +104,13 @@ def send(
 
 def known(line: dict[str, Any], **fields: Any) -> None:
     """The line says this, and beside it only when, how long, how much, and from where."""
-    rest = {name: value for name, value in line.items() if name not in ("time", "ms", "bytes", "client", "id")}
-    assert rest == fields
+    meanwhile = ("time", "ms", "bytes", "client", "request_id")
+    assert {name: value for name, value in line.items() if name not in meanwhile} == {
+        "level": "info" if fields["decision"] == "allowed" else "warn",
+        "logger": "docker_runner.audit",
+        "message": f"{fields['decision']} {fields.get('operation', '')}".strip(),
+        **fields,
+    }
 
 
 class TestWhatIsTold:
@@ -375,7 +380,7 @@ class TestForgery:
                     bare = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
                     found = re.findall(r"(\S+?)=", bare)
                     assert [field for field in found if field == "status"] == ["status"]
-                    assert set(found) <= {"request", "object", "status", "code", "rule", "ms", "key", "client", "id"}
+                    assert set(found) <= {"request", "object", "status", "code", "rule", "ms", "key", "client"}
 
 
 class TestForms:
@@ -389,8 +394,8 @@ class TestForms:
             os.close(ours)
             os.close(theirs)
         assert re.fullmatch(
-            r"\S+Z allowed ContainerStart object=no-such status=404 ms=\d+\.\d+ bytes=\d+"
-            r" client=127\.0\.0\.1:\d+ id=me\r\n",
+            r"\S+Z info  docker_runner\.audit: \[me\] allowed ContainerStart object=no-such status=404 ms=\d+\.\d+"
+            r" bytes=\d+ client=127\.0\.0\.1:\d+\r\n",
             line,
         )
 
@@ -489,6 +494,8 @@ class TestRequestIds:
 
     def test_the_log_names_them(self, runner: Runner) -> None:
         runner.request("GET", "/nowhere", headers={"X-Request-Id": "in-the-log"})
-        runner.wait_for_log("INFO docker_runner.admission: [in-the-log] GET '/nowhere' from 127.0.0.1:")
+        line = runner.wait_for_line(request_id="in-the-log")
+        assert line["logger"] == "docker_runner.admission"
+        assert line["message"].startswith("GET '/nowhere' from 127.0.0.1:")
         runner.raw(b"GET / HTTP/1.1\r\nX-Request-Id: in-the-log-too\r\n\r\n")
-        runner.wait_for_log("[in-the-log-too] 127.0.0.1:")
+        assert runner.wait_for_line(request_id="in-the-log-too")["message"].startswith("127.0.0.1:")
