@@ -51,6 +51,7 @@ def set_up(level: str, form: str) -> None:
         level: of `LEVELS`: the least that is told.
         form: of `FORMATS`; `auto` is text on a terminal, else JSON.
     """
+    _claim_numbers()
     least = LEVELS[level]
     handler = _Handler(form_for(form, sys.stderr), Output(sys.stderr))
     handler.setLevel(least)
@@ -67,6 +68,16 @@ def set_up(level: str, form: str) -> None:
     sys.excepthook = _uncaught
     threading.excepthook = _uncaught_in_thread
     sys.unraisablehook = _unraisable
+
+
+def _claim_numbers() -> None:
+    """Where the process was started with one of its standard streams closed, let no socket take that number: what is
+    written to stderr would go to a caller, and libuv ends a process that closes such a one."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # Takes the lowest that is free.
 
 
 def form_for(form: str, stream: TextIO | None) -> str:
@@ -94,10 +105,12 @@ def shown(text: str) -> str:
     return text if text.isprintable() and "\\" not in text else repr(text)[1:-1]
 
 
-def printable(text: str, limit: int = MAX_MESSAGE) -> str:
+def printable(text: str) -> str:
     """As `shown`, for messages: what is printable stays as it is, backslashes too."""
-    if len(text) > limit:
-        text = text[:limit] + "..."
+    return _escaped(text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "...")
+
+
+def _escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -200,7 +213,7 @@ class _Handler(logging.Handler):
         text = self._traces.formatException(record.exc_info)
         if len(text) > MAX_EXCEPTION:
             text = "..." + text[-MAX_EXCEPTION:]
-        return [printable(line, MAX_EXCEPTION) for line in text.split("\n")]
+        return [_escaped(line) for line in text.split("\n")]
 
 
 def _head(record: logging.LogRecord) -> tuple[str, str, str]:
@@ -242,9 +255,10 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
     """For `set_exception_handler`. The usual one shows callbacks with their arguments, and so data of callers."""
     task = context.get("task") or context.get("future")
     coroutine = task.get_coro() if isinstance(task, asyncio.Task) else None
+    message: str = context.get("message") or "an exception in the event loop"
     logging.getLogger("asyncio").error(
         "%s",
-        context.get("message") or "an exception in the event loop",
+        message.partition("(")[0] if "handle" in context else message,  # There arguments follow.
         exc_info=context.get("exception"),
         # No request's: this may be told while another one is served.
         extra={"request_id": "", "fields": {"task": getattr(coroutine, "__qualname__", "")} if coroutine else {}},
