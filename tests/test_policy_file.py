@@ -394,10 +394,10 @@ def test_it_is_read_again_on_sighup_and_a_wrong_one_changes_nothing(
 
     with Policed(engine.socket, tmp_path / "policy.toml") as runner:
         assert create() == 403
-        assert "INFO" in runner.set("[container]\nprivileged = true\n")
+        assert '"level":"info"' in runner.set("[container]\nprivileged = true\n")
         assert create() == 201
         told = runner.set("[container]\nprivileged = 1\n")
-        assert "ERROR" in told
+        assert '"level":"error"' in told
         assert (
             f"kept the old policy: DOCKER_RUNNER_POLICY: {tmp_path}/policy.toml: line 2: container.privileged" in told
         )
