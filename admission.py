@@ -21,6 +21,7 @@ from bodies import NO_BODY, Body, Budget, SignedChunks, too_large
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
 from logs import current_request, shown
+from metrics import Metrics, unknown
 from streams import SignedChunkReader
 
 log = logging.getLogger("docker_runner.admission")
@@ -44,6 +45,8 @@ class Connection(Protocol):
     """Who asks on the local socket, whose requests need no signature; empty for everyone else."""
     status: int
     """Of the answer; 0 while there is none."""
+    received: int
+    """Bytes of the request's body so far, verified or not."""
     sent: int
     """Bytes of the answer's body so far."""
 
@@ -105,6 +108,7 @@ class Authentication:
         verifier: who decides.
         limits: bounds on bodies, and on what is served at once.
         audit: told of each request's end.
+        metrics: told, too.
         path_prefix: a prefix that a proxy in front puts before every target; taken off before anything else.
         local_key: the name under which unsigned requests of the local socket are served.
     """
@@ -115,11 +119,13 @@ class Authentication:
         verifier: Verifier,
         limits: Limits,
         audit: Audit,
+        metrics: Metrics,
         path_prefix: bytes = b"",
         local_key: str | None = None,
     ) -> None:
         self._app = app
         self._audit = audit
+        self.metrics = metrics
         self.verifier = verifier
         self.limits = limits
         self.path_prefix = path_prefix
@@ -174,10 +180,20 @@ class Authentication:
             self.ended(request, told)
 
     def ended(self, request: "Request", told: RunnerError | None) -> None:
-        """A request has ended, with `told` if that was an error: free what it held, and tell the audit log."""
+        """A request has ended, with `told` if that was an error: free what it held, tell metrics and audit log."""
         request.close()
+        connection = request.connection
+        took_s = time.perf_counter() - request.started
+        self.metrics.ended(
+            unknown(request.target) if request.asked is None else request.asked.operation,
+            connection,
+            told or request.broke,
+            took_s,
+            verified=request.verified,
+            lasting=request.lasting,
+            key=request.key,
+        )
         if told is not None or (request.asked is not None and request.asked.changes):
-            connection = request.connection
             self._audit.record(
                 request_id=connection.request_id,
                 client=request.client,
@@ -188,7 +204,7 @@ class Authentication:
                 error=told,
                 status=connection.status,
                 sent=connection.sent,
-                took_s=time.perf_counter() - request.started,
+                took_s=took_s,
                 key=request.key,
             )
 
@@ -209,13 +225,16 @@ class Request:
         "admitted",
         "asked",
         "body",
+        "broke",
         "connection",
         "headers",
         "key",
+        "lasting",
         "method",
         "signed",
         "started",
         "target",
+        "verified",
     )
 
     def __init__(self, layer: Authentication, scope: Scope, receive: Receive, connection: Connection) -> None:
@@ -233,9 +252,15 @@ class Request:
         self.signed = True
         """False for the local socket's unsigned requests."""
         self.admitted = False
-        """It is verified whole."""
+        """It is verified whole, or needs not be."""
+        self.verified = False
+        """It needed to be, and is."""
         self.asked: Asked | None = None
-        """What it asks for: said by the layer that knows, for the audit log."""
+        """What it asks for: said by the layer that knows, for the audit log and the metrics."""
+        self.lasting = False
+        """It is counted among the streams."""
+        self.broke: RunnerError | None = None
+        """What was told within an answer that had begun well, for the metrics."""
         self.started = time.perf_counter()
         self._layer = layer
         self._scope = scope
@@ -262,6 +287,7 @@ class Request:
                 await self._trust()
             else:
                 await self._verify()
+            self.verified = True
         self.admitted = True
         scope["docker_runner.request"] = self
 
@@ -277,7 +303,7 @@ class Request:
         if credentials.content_hash is not None or _announced_body(self.headers)[0]:
             return False
         self._take_in(credentials, EMPTY_HASH)
-        self.admitted = True
+        self.verified = self.admitted = True
         self._scope["docker_runner.request"] = self
         return True
 
@@ -295,6 +321,8 @@ class Request:
     def as_stream(self) -> None:
         """Count it among the streams, because it may last; before its answer, for that may be `too_many_streams`."""
         self._enter(self._layer.streams)
+        self.lasting = True
+        self._layer.metrics.open_streams.add(self)
 
     async def _trust(self) -> None:
         """Take an unsigned request of the local socket."""
@@ -412,6 +440,8 @@ class Request:
         if self._place is not None:
             self._place.taken -= 1
             self._place = None
+        if self.lasting:
+            self._layer.metrics.open_streams.discard(self)
         self._give_back_budget()
         if self.body is not NO_BODY:
             self.body.close()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from urllib.parse import unquote
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from admission import Authentication, Limits
 from audit import Audit
@@ -13,6 +13,7 @@ from auth import Verifier, wall_clock_ms
 from dockerapi import Engine
 from engine_watch import EngineWatch
 from logs import form_for
+from metrics import Metrics
 from proxy import EngineFace
 from runner_face import create_runner_face
 from scope import Scopes
@@ -34,11 +35,13 @@ class App:
         clock_ms: Callable[[], int] = wall_clock_ms,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.metrics = Metrics()
         self.engine = Engine(
             settings.engine_socket,
             max_connections=settings.engine_connections,
             queue_s=settings.engine_queue_s,
             connect_s=settings.engine_connect_s,
+            on_answered=self.metrics.engine_answered,
         )
         self.watch = EngineWatch(
             settings.engine_socket, connect_s=settings.engine_connect_s, every_s=settings.engine_watch_s
@@ -55,6 +58,7 @@ class App:
             first_frame_s=settings.body_timeout_s,
             policies=lambda: self.policies,
             scopes=scopes,
+            metrics=self.metrics,
         )
         options = Options(
             default_image=settings.default_image,
@@ -62,6 +66,7 @@ class App:
             head_s=settings.engine_head_s,
             keep_alive_s=settings.sse_keep_alive_s,
             event_buffer=settings.event_buffer,
+            metrics=self.metrics,
         )
         self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, clock)
         limits = Limits(
@@ -73,23 +78,23 @@ class App:
             max_streams=settings.max_streams,
         )
         self.audit = Audit(settings.audit or form_for(settings.log_format, sys.stdout))
-        protected = Authentication(
+        self.protected = Authentication(
             self._route,
             self.verifier,
             limits,
             self.audit,
+            self.metrics,
             settings.path_prefix.encode(),
             settings.local_key or None,
         )
-        self._protected: ASGIApp = protected
-        self.at_once = Shortcut(protected, self._engine_face)
+        self.at_once = Shortcut(self.protected, self._engine_face)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
-            await self._protected(scope, receive, send)
+            await self.protected(scope, receive, send)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         target: bytes = scope["docker_runner.request"].target

@@ -99,7 +99,7 @@ class NonceStore:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._ends: dict[bytes, int] = {}
         self._by_end: dict[int, list[bytes]] = {}
         self._next_end = 0
@@ -123,7 +123,7 @@ class NonceStore:
             # It is in a list already, and goes to a later one, if need be, when that list is dropped.
             self._ends[digest] = max(end, -held)
             return
-        if len(self._ends) >= self._limit:
+        if len(self._ends) >= self.limit:
             raise RunnerError("nonce_store_full", "no room to remember another nonce; try again soon")
         self._ends[digest] = end
         ending = self._by_end.get(end)

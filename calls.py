@@ -164,7 +164,9 @@ class Calls:
                 if "buffer_limit" in stream:
                     stream["buffer_limit"] = max(stream["buffer_limit"], MAX_EVENT)
             body = body if asked.body is None else asked.body
-            response = await self.engine.request(method.encode(), asked.target, headers, body, **stream)
+            response = await self.engine.request(
+                method.encode(), asked.target, headers, body, operation=operation.id, **stream
+            )
         if response.status < 300 or response.status in accept:
             return response
         with response:

@@ -76,6 +76,7 @@ class Cycle(Caller):
         "keep_alive",
         "local",
         "more_body",
+        "received",
         "request_id",
         "response_complete",
         "response_started",
@@ -104,6 +105,7 @@ class Cycle(Caller):
         self.keep_alive = keep_alive
         self.disconnected = self.response_started = self.response_complete = False
         self.status = 0
+        self.received = 0
         self.sent = 0
         self.more_body = True
         """The end of the request's body has not come yet."""
@@ -157,6 +159,7 @@ class Cycle(Caller):
         """Take in a piece of the request's body; returns whether reading should pause."""
         self._body.append(piece)
         self._body_size += len(piece)
+        self.received += len(piece)
         self._wake()
         return self._body_size > MAX_UNREAD
 

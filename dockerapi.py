@@ -14,8 +14,10 @@ import asyncio
 import contextlib
 import errno
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
 
 from engine_connection import MAX_HEAD, Connection, EngineResponse, NotProcessedError, Overflow
 from errors import RunnerError
@@ -30,6 +32,18 @@ ONE_WRITE = 64 * 1024
 """A body up to this many bytes leaves in one write with its head."""
 
 
+class Use(NamedTuple):
+    """Use of the pool: connections busy and idle, their bound, requests that wait for one; how many ever have waited,
+    and for how many seconds together."""
+
+    busy: int
+    idle: int
+    limit: int
+    waiting: int
+    waits: int
+    waited_s: float
+
+
 class Engine:
     """The engine behind its Unix socket.
 
@@ -38,13 +52,26 @@ class Engine:
         max_connections: bound on open connections, streams included.
         queue_s: how long a request waits for one of them.
         connect_s: how long the engine may take to accept one.
+        on_answered: told of each answer that begins: to which operation, how many seconds after the request was sent.
     """
 
-    def __init__(self, path: str, *, max_connections: int, queue_s: float, connect_s: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_connections: int,
+        queue_s: float,
+        connect_s: float,
+        on_answered: Callable[[str, float], object] = lambda *_: None,
+    ) -> None:
         self.path = path
         self._places = max_connections
         self._queue_s = queue_s
         self._connect_s = connect_s
+        self._on_answered = on_answered
+        self._limit = max_connections
+        self._waits = 0
+        self._waited_s = 0.0
         # Strong references: the event loop holds a half-closed transport only weakly.
         self._open: set[Connection] = set()
         self._idle: list[Connection] = []
@@ -61,6 +88,7 @@ class Engine:
         head_s: float | None = None,
         buffer_limit: int | None = None,
         on_overflow: Callable[[], object] = lambda: None,
+        operation: str = "",
     ) -> EngineResponse:
         """Send one request and wait for the head of its answer.
 
@@ -73,6 +101,7 @@ class Engine:
             head_s: time limit on the answer's head, from the moment the request is sent.
             buffer_limit: if given, the answer is read at once, whatever its taker does, up to this many waiting bytes;
                 past it the answer fails, its connection is closed, and `on_overflow` is called.
+            operation: its id, for `on_answered`, which is not called without it.
 
         Raises:
             RunnerError: any `engine_*` code; what is `retryable` never reached the engine.
@@ -99,7 +128,14 @@ class Engine:
             if connection is None:
                 connection = await self._acquire(fresh=fresh)
             answer = connection.begin(
-                method, head, whole=pieces is None, bare=not body, upgrade=upgrade, head_s=head_s, overflow=overflow
+                method,
+                head,
+                whole=pieces is None,
+                bare=not body,
+                upgrade=upgrade,
+                head_s=head_s,
+                overflow=overflow,
+                operation=operation,
             )
             try:
                 if pieces is not None:
@@ -117,7 +153,14 @@ class Engine:
                 return answer
 
     def begin(
-        self, method: bytes, target: bytes, headers: Headers, body: bytes | None, *, head_s: float | None
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Headers,
+        body: bytes | None,
+        *,
+        head_s: float | None,
+        operation: str = "",
     ) -> EngineResponse | None:
         """Send one small request at once, on a kept connection; None if there is none, and nothing was sent.
 
@@ -133,7 +176,14 @@ class Engine:
         if body:
             lines.append(body)
         return connection.begin(
-            method, b"".join(lines), whole=True, bare=not body, upgrade=False, head_s=head_s, overflow=None
+            method,
+            b"".join(lines),
+            whole=True,
+            bare=not body,
+            upgrade=False,
+            head_s=head_s,
+            overflow=None,
+            operation=operation,
         )
 
     async def ping(self, limit_s: float) -> None:
@@ -150,6 +200,11 @@ class Engine:
             raise RunnerError("engine_timeout", "the engine did not answer a ping in time") from None
         if response.status != 200:
             raise RunnerError("docker_unavailable", f"the engine's ping answers {response.status}: {body[:200]!r}")
+
+    def use(self) -> "Use":
+        """How much of the pool is used just now."""
+        idle = len(self._idle)
+        return Use(len(self._open) - idle, idle, self._limit, len(self._waiting), self._waits, self._waited_s)
 
     def close(self) -> None:
         """Drop every connection."""
@@ -191,6 +246,8 @@ class Engine:
             raise RunnerError("engine_busy", "too many requests wait for a connection to the engine; try again soon")
         turn: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
+        began = time.perf_counter()
+        self._waits += 1
         try:
             async with asyncio.timeout_at(deadline):
                 return await turn
@@ -204,6 +261,8 @@ class Engine:
             if isinstance(error, TimeoutError):
                 raise RunnerError("engine_busy", "all connections to the engine are in use; try again soon") from None
             raise
+        finally:
+            self._waited_s += time.perf_counter() - began
 
     async def _connect(self) -> Connection:
         """Open a connection in a place that is ours; gives the place up on failure."""
@@ -227,7 +286,7 @@ class Engine:
             if isinstance(error, OSError):
                 raise _connect_error(error, self.path) from None
             raise
-        connection = Connection(sock, self._on_free, self._on_lost)
+        connection = Connection(sock, self._on_free, self._on_lost, self._on_answered)
         self._open.add(connection)
         # From here on the place is the connection's. The loop takes the socket over within one turn; that is never
         # broken off, because the loops differ in what they then leave of the socket and whether they tell of its end.

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import enum
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Self, cast
 
@@ -263,6 +264,7 @@ class Connection(asyncio.Protocol):
         sock: the connected socket; kept to look whether the engine has closed it.
         on_free: called when an answer ended so that the connection can be kept.
         on_lost: called once, when the connection is gone.
+        on_answered: told of the head of an answer: to which operation, how many seconds after the request was sent.
     """
 
     def __init__(
@@ -270,11 +272,13 @@ class Connection(asyncio.Protocol):
         sock: socket.socket,
         on_free: Callable[["Connection"], None],
         on_lost: Callable[["Connection"], None],
+        on_answered: Callable[[str, float], object] = lambda *_: None,
     ) -> None:
         self.state = _State.IDLE
         self._sock = sock
         self._on_free = on_free
         self._on_lost = on_lost
+        self._on_answered = on_answered
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._writable: asyncio.Future[None] | None = None
@@ -306,6 +310,7 @@ class Connection(asyncio.Protocol):
         upgrade: bool,
         head_s: float | None,
         overflow: Overflow | None,
+        operation: str = "",
     ) -> EngineResponse:
         """Send a request's head with its first bytes; returns its answer to come.
 
@@ -324,6 +329,8 @@ class Connection(asyncio.Protocol):
         self._sent = whole
         self._repeatable = bare and self._used
         self._used = True
+        self._operation = operation
+        self._began = time.perf_counter()
         self._head = b""
         self._head_size = 0
         self._keep = False
@@ -467,6 +474,8 @@ class Connection(asyncio.Protocol):
             raise ValueError("the engine sent a folded header field")
         self._head = b""
         answer.status = status
+        if self._operation:
+            self._on_answered(self._operation, time.perf_counter() - self._began)
         answer.fields = fields
         if status == 101:
             return

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ class Feed(Response):
                         self._quiet = False
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
             except RunnerError as error:
+                scope["docker_runner.request"].broke = error
                 last = error_message(error)
             except asyncio.CancelledError:
                 if connection.disconnected:
@@ -148,9 +150,19 @@ def event_filters(given: str | None) -> str:
 
 
 async def events(
-    calls: Calls, since: str | None, filters: str, *, connection: Connection, buffer_limit: int, keep_alive_s: float
+    calls: Calls,
+    since: str | None,
+    filters: str,
+    *,
+    connection: Connection,
+    buffer_limit: int,
+    keep_alive_s: float,
+    on_passed: Callable[[bytes, int], object],
 ) -> Feed:
-    """The engine's events, each once. A reader that is too slow is cut off; the engine must not be made to wait."""
+    """The engine's events, each once. A reader that is too slow is cut off; the engine must not be made to wait.
+
+    `on_passed` is told of each piece that leaves, and since when (in ns since the epoch) the events are no history.
+    """
     is_own = await calls.is_own_event()
     response = await calls.open(
         "GET",
@@ -159,19 +171,24 @@ async def events(
         buffer_limit=buffer_limit,
         on_overflow=connection.abort,
     )
-    return Feed(_event_messages(response, is_own), keep_alive_s=keep_alive_s, close=response.close, endless=True)
+    return Feed(
+        _event_messages(response, is_own, on_passed), keep_alive_s=keep_alive_s, close=response.close, endless=True
+    )
 
 
 async def _event_messages(
-    response: EngineResponse, is_own: Callable[[bytes], Awaitable[bool]]
+    response: EngineResponse, is_own: Callable[[bytes], Awaitable[bool]], on_passed: Callable[[bytes, int], object]
 ) -> AsyncGenerator[bytes, None]:
+    since_ns = time.time_ns()
     framer = LineFramer(max_line=MAX_EVENT)
     async for chunk in response.chunks():
         lines = [line for line in framer.feed(chunk).splitlines() if line.strip() and await is_own(line)]
         if framer.within_line:
             raise RunnerError("events_failed", f"an event is longer than {MAX_EVENT} bytes")
         if lines:
-            yield b"".join(sse(b'{"type":"event","event":' + line + b"}") for line in lines)
+            piece = b"".join(sse(b'{"type":"event","event":' + line + b"}") for line in lines)
+            on_passed(piece, since_ns)
+            yield piece
     raise RunnerError("events_failed", "the engine ended the stream of events")
 
 

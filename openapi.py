@@ -224,8 +224,13 @@ def _paths() -> Iterator[tuple[str, Json]]:
 
 def _titles(path: str, meaning: str) -> Json:
     first, *others = path.removesuffix(".json").split("/")[2:]
-    name = first + "".join(word[0].upper() + word[1:] for word in others)
-    return {"operationId": name, "summary": meaning, "tags": [first if others else "service"]}
+    return {"operationId": operation_id(path), "summary": meaning, "tags": [first if others else "service"]}
+
+
+def operation_id(path: str) -> str:
+    """The id of a route of the runner face."""
+    first, *others = path.removesuffix(".json").split("/")[2:]
+    return first + "".join(word[0].upper() + word[1:] for word in others)
 
 
 def _body(struct: type[msgspec.Struct]) -> Json:

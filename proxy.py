@@ -22,6 +22,7 @@ from dockerapi import Engine
 from engine_connection import EngineResponse, NotProcessedError
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
+from metrics import Metrics
 from operations import Kind, Operation
 from policy import Policies, Policy
 from scope import Narrowed, Scopes
@@ -44,6 +45,7 @@ class EngineFace:
         first_frame_s: how long the request body of an upgraded stream may take to come.
         policies: asked anew for each request, so that they may be read again.
         scopes: who owns what.
+        metrics: told how old events are that are passed on.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class EngineFace:
         first_frame_s: float,
         policies: Callable[[], Policies],
         scopes: Scopes,
+        metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._witness = upgrades.Witness(engine.path)
@@ -63,6 +66,7 @@ class EngineFace:
         self._first_frame_s = first_frame_s
         self._policies = policies
         self._scopes = scopes
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request, or refuse it with a `RunnerError`."""
@@ -101,7 +105,11 @@ class EngineFace:
                 with self._witness.watching() as line:
                     await _relay(response, operation.kind, connection, send, check_whole=line.check_whole)
             else:
+                if operation.kind is Kind.EVENTS:
+                    send = self._metrics.watching_events(send)
                 await _relay(response, operation.kind, connection, send, is_own=is_own)
+                if operation.kind is Kind.PROGRESS and isinstance(response.failure, RunnerError):
+                    request.broke = response.failure  # It was told in-band.
 
     def begin(self, request: Request) -> EngineResponse | None:
         """Decide on a request that is a head alone, and send it, if nothing has to be waited for before.
@@ -121,6 +129,7 @@ class EngineFace:
             end_to_end(request.headers, NOT_FORWARDED),
             _no_body(request),
             head_s=self._head_s if operation.quick else None,
+            operation=operation.id,
         )
 
     def _decide(self, request: Request, method: bytes) -> tuple[Operation, Policy]:
@@ -152,6 +161,7 @@ class EngineFace:
             head_s=self._head_s if operation.quick else None,
             buffer_limit=event_buffer if operation.kind is Kind.EVENTS else None,
             on_overflow=connection.abort,
+            operation=operation.id,
         )
 
 

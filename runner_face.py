@@ -131,6 +131,7 @@ async def _interactive(socket: WebSocket, calls: Calls) -> None:
         assert isinstance(asked, Interactive)
         config = interactive_config(asked)
     except RunnerError as error:
+        _verified(socket.scope).broke = error
         await execs.send(socket, execs.error_frame(error))
         await socket.close(INVALID_QUERY, "invalid_query")
         return
@@ -139,6 +140,7 @@ async def _interactive(socket: WebSocket, calls: Calls) -> None:
             await execs.Session(socket, process, merged=asked.tty or not asked.demux).run()
         await socket.close()
     except RunnerError as error:
+        _verified(socket.scope).broke = error
         if error.retryable:
             _verified(socket.scope).give_back()
         await execs.send(socket, execs.error_frame(error))
@@ -217,14 +219,18 @@ def create_runner_face(
         return serve
 
     async def health(request: Request) -> Response:
+        _verified(request.scope).asked = Asked("GET /v1/health", changes=False, named=str)
         return Response(b'{"status":"ok"}', media_type=JSON)
 
     async def ready(request: Request) -> Response:
+        _verified(request.scope).asked = Asked("GET /v1/ready", changes=False, named=str)
         await readiness.check()
         return Response(b'{"status":"ready"}', media_type=JSON)
 
     async def document(request: Request) -> Response:
         import openapi  # Late: it is made for the first who asks.
+
+        _verified(request.scope).asked = Asked(f"GET {openapi.PATH}", changes=False, named=str)
 
         return Response(openapi.document(), media_type=JSON)
 

@@ -5,6 +5,7 @@ import logging
 import socket
 import ssl
 import sys
+import time
 from collections.abc import Mapping
 
 import admission
@@ -35,10 +36,11 @@ def serve(environ: Mapping[str, str]) -> int:
     logs.set_up(settings.log_level, settings.log_format)
     sockets = _listen(settings)
     local = _listen_locally(settings)
+    metrics = _listen_for_metrics(settings)
     _warn_of_short_secrets(settings.keyring)
     _tell_of_nobodys(settings.policies, settings.keyring)
     allow_many_files()
-    service = _Service(settings, environ, sockets, local)
+    service = _Service(settings, environ, sockets, local, metrics)
     identity = local_socket.identify(settings.local_socket) if local else (0, 0)
     try:
         service.server.run(sockets)
@@ -56,6 +58,7 @@ class _Service:
         environ: what they were read from; parts are read again.
         sockets: that it listens on.
         local: another, that takes unsigned requests.
+        metrics: those for metrics, if there are any.
     """
 
     def __init__(
@@ -64,10 +67,13 @@ class _Service:
         environ: Mapping[str, str],
         sockets: list[socket.socket],
         local: socket.socket | None,
+        metrics: list[socket.socket],
     ) -> None:
         self._settings = settings
         self._environ = environ
         self._sockets = sockets
+        self._metrics = metrics
+        self._serving_metrics: asyncio.Task[None] | None = None
         self._app = create_app(settings)
         self.server = create_server(
             self._app,
@@ -107,6 +113,19 @@ class _Service:
             },
         )
         self._app.watch.begin()
+        if self._metrics:
+            self._serve_metrics()
+
+    def _serve_metrics(self) -> None:
+        import metrics_server  # Late: only where they are wanted.
+
+        connections = self.server.server_state.connections
+        app = metrics_server.MetricsApp(
+            self._app, lambda: len(connections), self._settings.max_connections, time.monotonic
+        )
+        self._serving_metrics = asyncio.get_running_loop().create_task(metrics_server.serve(app, self._metrics))
+        for sock in self._metrics:
+            log.info("metrics are at %s%s", _address(sock, secure=False), metrics_server.PATH)
 
     def _reload(self) -> None:
         """Read secrets, policy and certificate again, each by itself: one that is wrong stays as it was."""
@@ -139,6 +158,8 @@ class _Service:
         client = refusal.local or admission.address(refusal.client)
         error = refusal.error
         log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request_id": refusal.id})
+        log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request": f"[{refusal.id}] "})
+        self._app.metrics.refused(refusal.target, error)
         self._app.audit.record(
             request_id=refusal.id,
             client=client,
@@ -192,6 +213,18 @@ def _listen(settings: Settings) -> list[socket.socket]:
         where = f"{settings.host}:{settings.port}"
         reason = error.strerror or str(error)
         raise SettingsError(f"DOCKER_RUNNER_HOST, DOCKER_RUNNER_PORT: cannot listen on {where}: {reason}") from error
+
+
+def _listen_for_metrics(settings: Settings) -> list[socket.socket]:
+    if settings.metrics_port is None:
+        return []
+    try:
+        return listen(settings.metrics_host, settings.metrics_port)
+    except OSError as error:
+        where = f"{settings.metrics_host}:{settings.metrics_port}"
+        reason = error.strerror or str(error)
+        names = "DOCKER_RUNNER_METRICS_HOST, DOCKER_RUNNER_METRICS_PORT"
+        raise SettingsError(f"{names}: cannot listen on {where}: {reason}") from error
 
 
 def _listen_locally(settings: Settings) -> socket.socket | None:

@@ -66,6 +66,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     local_key: str
     trusted_proxies: tuple[str, ...]
     path_prefix: str
+    metrics_port: int | None
+    metrics_host: str
 
 
 class Variable(msgspec.Struct, frozen=True):
@@ -223,6 +225,13 @@ VARIABLES: Mapping[str, Variable] = {
         "", _addresses, "trusted_proxies", "Addresses whose `X-Forwarded-For` is believed, comma-separated."
     ),
     "DOCKER_RUNNER_PATH_PREFIX": Variable("", _prefix, "path_prefix", "Path prefix that a proxy in front adds."),
+    "DOCKER_RUNNER_METRICS_PORT": Variable(
+        "",
+        lambda text: _integer(0, 65535)(text) if text else None,
+        "metrics_port",
+        "Port for `/metrics`, unsigned; 0 takes a free one. If absent there is none.",
+    ),
+    "DOCKER_RUNNER_METRICS_HOST": Variable("127.0.0.1", str, "metrics_host", "Address for `/metrics`."),
 }
 
 KEY_VARIABLES: Mapping[str, str] = {

@@ -84,6 +84,7 @@ async def serve(
         try:
             await _carry(engine, witness, operation, asked, request, stream, first_frame_s)
         except RunnerError as error:
+            request.broke = error
             if stream.answered:
                 await stream.close(INTERNAL_ERROR, error.code)
             else:
@@ -169,7 +170,7 @@ async def _carry(
     body = await _request_body(request, stream, first_frame_s)
     headers = end_to_end(request.headers, _NOT_FORWARDED)
     headers += ((b"Connection", b"Upgrade"), (b"Upgrade", operation.upgrade.encode()))
-    with await engine.request(b"POST", asked.target, headers, body) as response:
+    with await engine.request(b"POST", asked.target, headers, body, operation=operation.id) as response:
         answer_headers = end_to_end(response.headers, HOP_BY_HOP)
         if response.status != 101:
             await stream.answer(response.status, answer_headers, asked.revealed(await response.read(MAX_REFUSAL)))

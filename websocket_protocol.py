@@ -39,6 +39,7 @@ class WebSocket(Caller, WebSocketsSansIOProtocol):
         self.request_id = request_id
         self.local = local
         self.status = 0
+        self.received = 0
         self.sent = 0
         self._unfed = b""
         self._feed_size = LEAST_FEED
@@ -97,7 +98,8 @@ class WebSocket(Caller, WebSocketsSansIOProtocol):
 
     async def receive(self) -> Any:
         """ASGI."""
-        message = await super().receive()
+        message: Any = await super().receive()
+        self.received += len(message.get("bytes") or message.get("text") or b"")
         if self._unfed and not self.disconnected:
             self._pause()
         return message

@@ -21,18 +21,20 @@ import images
 from calls import Calls, Operation, Thing
 from containers import Name
 from errors import RunnerError
+from metrics import Metrics
 
 JSON = "application/json"
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the runner face is told by the settings. Times in seconds, sizes in bytes."""
+    """What the runner face is told by the settings (times in seconds, sizes in bytes), and what it tells."""
 
     default_image: str
     max_output: int
     head_s: float
     keep_alive_s: float
     event_buffer: int
+    metrics: Metrics
 
 
 # Requests. A field that may be absent may not be null; unknown fields are ignored, but for `start`.
@@ -298,6 +300,7 @@ async def _events(calls: Calls, asked: Events, request: Request, options: Option
         connection=request.scope["docker_runner"],
         buffer_limit=options.event_buffer,
         keep_alive_s=options.keep_alive_s,
+        on_passed=options.metrics.events_passed,
     )
 
 
