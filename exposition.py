@@ -48,8 +48,7 @@ class Observed(msgspec.Struct, frozen=True):
     max_connections: int
 
 
-_Samples = Iterator[tuple[_Labels, float]]
-_Histograms = Iterator[tuple[_Labels, Histogram]]
+_Samples = Iterator[tuple[_Labels, float | Histogram]]
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -59,7 +58,7 @@ class Family(msgspec.Struct, frozen=True):
     kind: str
     labels: _Labels
     meaning: str
-    samples: Callable[[App, Observed], _Samples | _Histograms]
+    samples: Callable[[App, Observed], _Samples]
 
     @property
     def exported(self) -> str:
@@ -82,12 +81,12 @@ def _requests(app: App, now: Observed) -> _Samples:
             yield (*labels, str(status) if status else "none", outcome), count
 
 
-def _durations(app: App, now: Observed) -> _Histograms:
+def _durations(app: App, now: Observed) -> _Samples:
     for asked, of in app.metrics.operations.items():
         yield face_and_operation(asked), of.durations
 
 
-def _engine_durations(app: App, now: Observed) -> _Histograms:
+def _engine_durations(app: App, now: Observed) -> _Samples:
     for operation, histogram in app.metrics.engine.items():
         yield (operation,), histogram
 
