@@ -6,11 +6,12 @@ A package counts as there if what the set-up needs of it is there, wherever that
 import importlib.util
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from dev import SetupError, find_program
+from dev import CHECKOUT, SetupError, find_program
 
 
 def _program(name: str) -> bool:
@@ -34,6 +35,35 @@ PRESENT: dict[str, Callable[[], bool]] = {
     "python3-venv": lambda: importlib.util.find_spec("ensurepip") is not None,
     "systemd": partial(_program, "systemd-analyze"),
 }
+
+
+UNPACKED = CHECKOUT / ".dev" / "packages"
+"""Where packages lie whose programs are wanted, and not the service that their installation would start."""
+
+
+def unpack(package: str) -> Path:
+    """The folder with a package's files, fetched if need be; nothing is installed, and nothing of its own is run.
+
+    Raises SetupError, naming the command, where it cannot be fetched.
+    """
+    target = UNPACKED / package
+    if target.exists():
+        return target
+    print(f"packages   unpacking {package}", flush=True)
+    UNPACKED.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=UNPACKED) as name:
+        folder = Path(name)
+        for retry in (False, True):
+            if retry and os.geteuid() == 0:
+                _apt_get("update", "--quiet", "--option", "DPkg::Lock::Timeout=120")
+            said = _apt_get("download", package, cwd=folder).stdout
+            if found := list(folder.glob("*.deb")):
+                break
+        else:
+            raise SetupError(f"{package} could not be fetched (as root: apt-get update):\n{said}")
+        subprocess.run(["dpkg-deb", "--extract", found[0], folder / "files"], check=True)
+        (folder / "files").rename(target)
+    return target
 
 
 def missing(packages: Iterable[str]) -> list[str]:
@@ -64,9 +94,10 @@ def install(packages: Iterable[str]) -> list[str]:
     return needed
 
 
-def _apt_get(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _apt_get(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["apt-get", *arguments],
+        cwd=cwd,
         env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -31,6 +31,7 @@ TEST_PACKAGES = [
     *(*VENV_PACKAGES, *TRY_OUT_PACKAGES, *DEPLOY_PACKAGES),
     *("openssl", "docker-registry", "docker-compose", "nodejs", "npm"),
 ]
+UNPACKED_PACKAGES = ["prometheus"]
 SYSTEM_ENGINE_TIMEOUT_S = 30
 
 
@@ -256,6 +257,8 @@ def prepare_tests() -> None:
     needed = ENGINE_PACKAGES if os.geteuid() == 0 else []
     if "docker.io" in packages.install([*TEST_PACKAGES, *needed]):
         _engine_of_the_package()
+    for package in UNPACKED_PACKAGES:
+        packages.unpack(package)
     Venv(CHECKOUT).ensure(dev=True)
     NodeModules(CHECKOUT / "tests" / "sdk").ensure()
 
