@@ -6,7 +6,9 @@ Grafana cannot be had here: its dashboard is held against what the runner export
 import json
 import os
 import re
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import pytest
 import requests
 import yaml
 
-from conftest import free_port, tied
+from conftest import EngineDirect, Names, free_port, tied
 from dev import find_program, packages, wait_until
 from dev.engine import Engine
 from exposition import FAMILIES, OF_THE_PROCESS
-from packed import environment, run
-from scraped import PORT, metrics_port, scrape
+from imaged import Docker, image, secret_file
+from packed import Program, environment, run
+from scraped import PORT, Scrape, metrics_port, scrape
 from service import ROOT, Runner
 
 DEPLOY = ROOT / "deploy"
@@ -132,15 +135,24 @@ class TestDashboard:
         assert uids == {source["uid"]}
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The two compose files as one, as compose reads them."""
-    command = [find_program("docker-compose") or "docker-compose"]
-    command += ["-f", f"{DEPLOY}/compose.yaml", "-f", f"{DEPLOY}/compose.monitoring.yaml", "config"]
-    settings = {"HOME": str(tmp_path_factory.mktemp("home")), "DOCKER_GID": "999"}
-    done = subprocess.run(command, env=environment(settings), capture_output=True, text=True)
+def compose(settings: dict[str, str], *command: str) -> str:
+    """A command of compose on the file and its overlay; what it said on stdout."""
+    files = [f"--file={DEPLOY}/compose.yaml", f"--file={DEPLOY}/compose.monitoring.yaml"]
+    done = subprocess.run(
+        [find_program("docker-compose") or "docker-compose", *files, *command],
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    whole: dict[str, Any] = yaml.safe_load(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def stack() -> dict[str, Any]:
+    """The two compose files as one, as compose reads them."""
+    whole: dict[str, Any] = yaml.safe_load(compose({"DOCKER_GID": "999"}, "config"))
     return whole
 
 
@@ -191,9 +203,39 @@ class TestCompose:
         assert secret in [f"/run/secrets/{each['source']}" for each in grafana["secrets"]]
         assert not any("PASSWORD" in name and "FILE" not in name for name in grafana["environment"])
 
+    def test_the_runner_gives_its_metrics_on_that_network_only(
+        self, engine: Engine, direct: EngineDirect, names: Names, tmp_path: Path
+    ) -> None:
+        docker, project, network = Docker(engine.socket), names("monitored"), names("net")
+        settings = {
+            "DOCKER_HOST": f"unix://{engine.socket}",
+            "DOCKER_SOCKET": engine.socket,
+            "DOCKER_GID": str(os.stat(engine.socket).st_gid),
+            "DOCKER_RUNNER_IMAGE": image(docker, direct, names),
+            "DOCKER_RUNNER_NETWORK": network,
+            "DOCKER_RUNNER_SECRET": str(secret_file(tmp_path)),
+        }
+        try:
+            compose(settings, f"--project-name={project}", "up", "--detach", "docker-runner")
+            container = docker("ps", "--quiet", f"--filter=label=com.docker.compose.project={project}")
+            joined = direct.request("GET", f"/containers/{container}/json").json()["NetworkSettings"]["Networks"]
+            addresses = {name: joined[name]["IPAddress"] for name in (network, f"{project}_metrics")}
+            assert wait_until(lambda: reached(addresses[f"{project}_metrics"], 7072), 30), docker("logs", container)
+            text = requests.get(f"http://{addresses[f'{project}_metrics']}:7072/metrics", timeout=10).text
+            assert Scrape(text).value("docker_runner_engine_up") == 1
+            assert reached(addresses[network], 7071)
+            assert not reached(addresses[network], 7072)
+        finally:
+            compose(settings, f"--project-name={project}", "down", "--volumes")
+
     def test_images_have_versions(self, stack: dict[str, Any]) -> None:
         for name in ("prometheus", "grafana"):
             assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", stack["services"][name]["image"])
+
+
+def reached(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 class Prometheus:
@@ -299,6 +341,20 @@ class TestForReal:
 
 
 class TestDocs:
+    def test_it_links_to_what_is_there(self) -> None:
+        for link in re.findall(r"\]\(([^)#]+)", DOCS):
+            assert (ROOT / "docs" / link).exists(), link
+
+    def test_the_example_works_as_it_stands(self, engine: Engine) -> None:
+        example = next(each for each in re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL) if "/metrics" in each)
+        port = str(free_port())
+        serve, ask = example.replace("7072", port).splitlines()
+        settings = {"DOCKER_SOCKET": engine.socket, "DOCKER_RUNNER_HOST": "127.0.0.1", "DOCKER_RUNNER_PORT": "0"}
+        path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = ["bash", "-c", serve.replace("docker-runner", "exec docker-runner")]
+        with Program(command, "metrics are at", {**settings, **path}):
+            assert "docker_runner_engine_up 1.0" in run(["bash", "-c", ask], path)[1]
+
     def table(self, name: str) -> list[list[str]]:
         found = re.search(rf"<!-- {name}:[^>]*-->\n(.*?)\n?<!-- /{name} -->", DOCS, re.DOTALL)
         assert found is not None
