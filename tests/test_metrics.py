@@ -108,11 +108,21 @@ class TestRequests:
         codes = scrape(metered).families["docker_runner_errors"].samples
         assert {sample.labels["code"] for sample in codes} == set(CODES)
 
-    def test_a_caller_that_leaves_before_its_answer(self) -> None:
-        with ScriptedEngine(Peer.sees_close) as engine, Runner(engine.path, PORT) as runner:
+    @pytest.mark.parametrize("kept", [False, True], ids=["on a new connection", "on a kept one"])
+    def test_a_caller_that_leaves_before_its_answer(self, kept: bool) -> None:
+        def first_only(peer: Peer) -> None:
+            while b"/containers/json" not in peer.read_request():
+                peer.send(OK)
+            peer.sees_close()
+
+        settings = {**PORT, "DOCKER_RUNNER_ENGINE_WATCH_MS": "0"}
+        with ScriptedEngine(first_only) as engine, Runner(engine.path, settings) as runner:
+            if kept:
+                runner.request("GET", "/version")
+            asked = len(engine.requests)
             with runner.connect() as sock:
                 sock.sendall(signed_head("GET", "/containers/json"))
-                assert wait_until(lambda: engine.connections > 0, 10)
+                assert wait_until(lambda: len(engine.requests) > asked, 10)
             assert engine.closed.wait(10)
             seen = scraped(runner, lambda now: now.value(REQUESTS, outcome="caller_left") == 1)
             assert seen.value(REQUESTS, operation="ContainerList", status="none") == 1
@@ -144,6 +154,10 @@ class TestFaultsOfTheEngine:
             seen = scraped(runner, lambda now: now.value(REQUESTS, outcome="engine_error") == 1)
             assert seen.value("docker_runner_errors_total", code="engine_socket_missing") == 1
             assert seen.samples("docker_runner_engine_up") == [0]
+
+    def test_an_engine_that_hangs_does_not_hold_up_a_scrape(self) -> None:
+        with ScriptedEngine(Peer.sees_close) as engine, Runner(engine.path, PORT) as runner:
+            assert scrape(runner).samples("docker_runner_engine_up") == [0]
 
     def test_progress_that_breaks_is_an_error_of_the_engine_though_its_status_was_200(self) -> None:
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
