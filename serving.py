@@ -124,6 +124,7 @@ class _Service:
             self._app, lambda: len(connections), self._settings.max_connections, time.monotonic
         )
         self._serving_metrics = asyncio.get_running_loop().create_task(metrics_server.serve(app, self._metrics))
+        self._serving_metrics.add_done_callback(_tell_of_failure)
         for sock in self._metrics:
             log.info("metrics are at %s%s", _address(sock, secure=False), metrics_server.PATH)
 
@@ -169,6 +170,11 @@ class _Service:
             error=error,
             status=error.status,
         )
+
+
+def _tell_of_failure(serving: asyncio.Task[None]) -> None:
+    if not serving.cancelled() and (error := serving.exception()) is not None:
+        log.error("metrics are not served any more: %s", error)
 
 
 def _address(sock: socket.socket, *, secure: bool) -> str:

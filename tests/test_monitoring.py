@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from conftest import EngineDirect, Names, free_port, tied
 from dev import find_program, packages, wait_until
@@ -100,7 +103,24 @@ class TestPrometheus:
             assert rule["labels"]["severity"] in ("warning", "critical")
 
 
+def lost(written: Any, understood: Any, where: str = "") -> Iterator[str]:
+    """Where `understood` does not say what was written. It may say more: the defaults."""
+    if isinstance(written, dict) and isinstance(understood, dict):
+        for name, value in written.items():
+            yield from lost(value, understood.get(name), f"{where}/{name}")
+    elif isinstance(written, list) and isinstance(understood, list) and len(written) == len(understood):
+        for number, (one, other) in enumerate(zip(written, understood, strict=True)):
+            yield from lost(one, other, f"{where}/{number}")
+    elif written != understood:
+        yield where
+
+
 class TestDashboard:
+    def test_grafanas_own_schema_knows_all_of_it(self) -> None:
+        plugins.register_default_plugins()  # The kinds of panels and queries.
+        understood = json.loads(json.dumps(Dashboard.from_json(DASHBOARD), cls=JSONEncoder))
+        assert list(lost(DASHBOARD, understood)) == []
+
     def test_every_query_parses(self, tmp_path: Path) -> None:
         rules = [{"record": f"q:{number}", "expr": query(each)} for number, each in enumerate(WRITTEN)]
         (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
