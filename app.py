@@ -12,6 +12,7 @@ from audit import Audit
 from auth import Verifier, wall_clock_ms
 from dockerapi import Engine
 from engine_watch import EngineWatch
+from expiry import Expiry
 from logs import form_for
 from metrics import Metrics
 from proxy import EngineFace
@@ -50,7 +51,17 @@ class App:
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
         )
         self.policies = settings.policies
+        self._expires = settings.expiry_interval_s > 0
         scopes = Scopes(self.engine)
+        self.audit = Audit(settings.audit or form_for(settings.log_format, sys.stdout))
+        self.expiry = Expiry(
+            self.engine,
+            self.audit,
+            lambda: self.policies,
+            instance=settings.instance,
+            interval_s=settings.expiry_interval_s,
+            clock=clock,
+        )
         self._engine_face = EngineFace(
             self.engine,
             head_s=settings.engine_head_s,
@@ -59,6 +70,7 @@ class App:
             policies=lambda: self.policies,
             scopes=scopes,
             metrics=self.metrics,
+            expiry=self.expiry,
         )
         options = Options(
             default_image=settings.default_image,
@@ -68,7 +80,7 @@ class App:
             event_buffer=settings.event_buffer,
             metrics=self.metrics,
         )
-        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, clock)
+        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, self.expiry, clock)
         limits = Limits(
             max_body=settings.max_body,
             max_upload=settings.max_upload,
@@ -77,7 +89,6 @@ class App:
             max_requests=settings.max_requests,
             max_streams=settings.max_streams,
         )
-        self.audit = Audit(settings.audit or form_for(settings.log_format, sys.stdout))
         self.protected = Authentication(
             self._route,
             self.verifier,
@@ -107,9 +118,12 @@ class App:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
+        if self._expires:
+            self.expiry.begin()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self.watch.end()
+        await self.expiry.end()
         self.engine.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -18,6 +18,7 @@ import rules
 from dockerapi import Engine
 from engine_connection import EngineResponse
 from errors import RunnerError
+from expiry import USES, Expiry
 from policy import Policy
 from scope import Narrowed, Scopes
 from scope_events import MAX_EVENT, own_events
@@ -89,6 +90,7 @@ class Calls:
         tasks: holds what goes on in the background.
         policy: of the caller: what it may not ask the engine for, it may not have done here either.
         scopes: who owns what.
+        expiry: told of what is used.
         head_s: how long the engine may take to begin an answer that is only looked up.
     """
 
@@ -99,10 +101,12 @@ class Calls:
         tasks: "set[asyncio.Task[Any]]",
         policy: Policy,
         scopes: Scopes,
+        expiry: Expiry,
         head_s: float | None = None,
     ) -> None:
         self.engine = engine
         self.operation = operation
+        self.expiry = expiry
         self._policy = policy
         self._scopes = scopes
         self._tasks = tasks
@@ -163,6 +167,8 @@ class Calls:
                 asked = await self._scopes.of(label).narrow(operation, target.encode(), inspected)
                 if "buffer_limit" in stream:
                     stream["buffer_limit"] = max(stream["buffer_limit"], MAX_EVENT)
+            if operation.id in USES and not (own or resolved):
+                await self.expiry.use(operation, asked.target, self.operation.conflict)
             body = body if asked.body is None else asked.body
             response = await self.engine.request(
                 method.encode(), asked.target, headers, body, operation=operation.id, **stream

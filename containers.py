@@ -1,6 +1,7 @@
 """Containers and volumes of the runner face: start, stop, remove, look up, upload."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -32,7 +33,7 @@ class Start(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
     privileged: bool | UnsetType = UNSET
     anonymous_volumes: list[str] | UnsetType = UNSET
     create_extras: dict[str, Any] | UnsetType = UNSET
-    ttl_seconds: Annotated[int, Meta(gt=0)] | UnsetType = UNSET
+    ttl_seconds: Annotated[int, Meta(gt=0, description="idle so long it is removed")] | UnsetType = UNSET
 
 
 class Started(msgspec.Struct, rename="camel"):
@@ -56,8 +57,13 @@ class _Extras(msgspec.Struct, rename="pascal"):
     name: Name | UnsetType = msgspec.field(default=UNSET, name="name")
 
 
-def create_body(start: Start, default_image: str) -> tuple[dict[str, Any], str | None]:
+def create_body(start: Start, default_image: str, ttl_labels: Mapping[str, str]) -> tuple[dict[str, Any], str | None]:
     """The body of the engine's `ContainerCreate`, and the container's name.
+
+    Args:
+        start: the request.
+        default_image: where it names none.
+        ttl_labels: say that it has a time to live; nothing in the request takes them away.
 
     Raises:
         RunnerError: `validation_error`.
@@ -89,14 +95,17 @@ def create_body(start: Start, default_image: str) -> tuple[dict[str, Any], str |
     name = start.name if read.name is UNSET else read.name
     extras.pop("name", None)
     extras["HostConfig"] = _given(host | read.host_config)
-    return _given(body | extras), None if name is UNSET else name
+    merged = _given(body | extras)
+    if ttl_labels and isinstance(merged["Labels"] or {}, dict):
+        merged["Labels"] = {**(merged["Labels"] or {}), **ttl_labels}
+    return merged, None if name is UNSET else name
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not UNSET}
 
 
-class _Created(msgspec.Struct, rename="pascal"):
+class _Identified(msgspec.Struct, rename="pascal"):
     id: str
 
 
@@ -106,7 +115,8 @@ async def start(calls: Calls, request: Start, default_image: str) -> Started:
     Raises:
         RunnerError: the engine or the registry refused or failed; nothing is left behind.
     """
-    body, name = create_body(request, default_image)
+    ttl_labels = {} if request.ttl_seconds is UNSET else calls.expiry.labels(request.ttl_seconds)
+    body, name = create_body(request, default_image, ttl_labels)
     platform = request.platform or None
     # Before anything is pulled.
     calls.check("POST", b"/containers/create", msgspec.json.encode(body))
@@ -128,7 +138,7 @@ async def start(calls: Calls, request: Start, default_image: str) -> Started:
 async def _create(calls: Calls, body: dict[str, Any], name: str | None, platform: str | None) -> str:
     query = {"name": name, "platform": platform}
     answer = await calls.call("POST", "/containers/create", query, json=body, thing=Thing.IMAGE)
-    return decoded(answer, _Created).id
+    return decoded(answer, _Identified).id
 
 
 async def _remove_created(calls: Calls, creating: asyncio.Task[str]) -> RunnerError | None:
@@ -164,6 +174,11 @@ async def remove(calls: Calls, container: str, *, force: bool, volumes: bool) ->
 async def inspect(calls: Calls, container: str, *, own: bool = False) -> bytes:
     """The engine's JSON of a container, unchanged. `own`: see `Calls.open`."""
     return await calls.call("GET", f"/containers/{segment(Thing.CONTAINER, container)}/json", own=own)
+
+
+async def touch(calls: Calls, container: str) -> None:
+    """Mark a container as used: one with a time to live begins it anew."""
+    calls.expiry.touch(decoded(await inspect(calls, container), _Identified).id)
 
 
 class _Config(msgspec.Struct, rename="pascal"):

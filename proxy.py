@@ -21,6 +21,7 @@ from bodies import NO_BODY, too_large
 from dockerapi import Engine
 from engine_connection import EngineResponse, NotProcessedError
 from errors import RunnerError
+from expiry import USES, Expiry
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from metrics import Metrics
 from operations import Kind, Operation
@@ -46,6 +47,7 @@ class EngineFace:
         policies: asked anew for each request, so that they may be read again.
         scopes: who owns what.
         metrics: told how old events are that are passed on.
+        expiry: told of what is used.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class EngineFace:
         policies: Callable[[], Policies],
         scopes: Scopes,
         metrics: Metrics,
+        expiry: Expiry,
     ) -> None:
         self._engine = engine
         self._witness = upgrades.Witness(engine.path)
@@ -67,6 +70,7 @@ class EngineFace:
         self._policies = policies
         self._scopes = scopes
         self._metrics = metrics
+        self._expiry = expiry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request, or refuse it with a `RunnerError`."""
@@ -88,6 +92,8 @@ class EngineFace:
             asked = Narrowed(request.target, whole)
             if label:
                 asked = await self._scopes.of(label).narrow(operation, request.target, whole or b"")
+            if operation.id in USES:
+                await self._expiry.use(operation, asked.target)
             if upgraded:
                 await upgrades.serve(
                     self._engine, self._witness, operation, asked, scope, receive, send, self._first_frame_s
@@ -118,7 +124,7 @@ class EngineFace:
             RunnerError: it is refused.
         """
         operation, policy = self._decide(request, request.method)
-        if operation.kind is not Kind.PLAIN or operation.lasting:
+        if operation.kind is not Kind.PLAIN or operation.lasting or operation.id in USES:
             return None
         if policy.scope.label or self._scopes.must_wait(operation):
             return None

@@ -26,6 +26,7 @@ from audit import Asked
 from calls import Calls, Operation
 from dockerapi import Engine
 from errors import RunnerError
+from expiry import Expiry
 from policy import Policies
 from scope import Scopes
 from workloads import EXEC, INTERACTIVE, JSON, ROUTES, Handler, Interactive, Options, exec_config
@@ -193,14 +194,19 @@ class Readiness:
 
 
 def create_runner_face(
-    engine: Engine, options: Options, policies: Callable[[], Policies], scopes: Scopes, clock: Callable[[], float]
+    engine: Engine,
+    options: Options,
+    policies: Callable[[], Policies],
+    scopes: Scopes,
+    expiry: Expiry,
+    clock: Callable[[], float],
 ) -> ASGIApp:
     """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
     readiness = Readiness(engine, clock)
     tasks: set[asyncio.Task[Any]] = set()
 
     def calls(operation: Operation, scope: Mapping[str, Any]) -> Calls:
-        return Calls(engine, operation, tasks, policies().of(_verified(scope).key), scopes, options.head_s)
+        return Calls(engine, operation, tasks, policies().of(_verified(scope).key), scopes, expiry, options.head_s)
 
     def endpoint(
         method: str, path: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation

@@ -58,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     default_image: str
     max_output: int
     sse_keep_alive_s: float
+    instance: str
+    expiry_interval_s: float
     policies: Policies
     audit: str
     engine_watch_s: float
@@ -104,6 +106,12 @@ def _one_of(words: Iterable[str]) -> Callable[[str], str]:
 def _prefix(text: str) -> str:
     if text and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", text):
         raise ValueError("must be a path such as /runner, without a slash at its end")
+    return text
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", text):
+        raise ValueError("must be 1 to 63 letters, digits, `_`, `.` or `-`, and begin with one of the first two")
     return text
 
 
@@ -199,6 +207,18 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "DOCKER_RUNNER_SSE_KEEP_ALIVE_MS": Variable(
         "15000", _seconds(100, 3_600_000), "sse_keep_alive_s", "A quiet SSE stream carries a comment this often, in ms."
+    ),
+    "DOCKER_RUNNER_INSTANCE": Variable(
+        "default",
+        _name,
+        "instance",
+        "Name of this runner among those on the engine; it ends only containers that bear it. Two need two names.",
+    ),
+    "DOCKER_RUNNER_EXPIRY_INTERVAL_MS": Variable(
+        "30000",
+        lambda text: 0.0 if text == "0" else _seconds(100, 3_600_000)(text),
+        "expiry_interval_s",
+        "How often the engine is asked for containers with a time to live, in ms; 0: they are not minded.",
     ),
     "DOCKER_RUNNER_AUDIT": Variable(
         "",

@@ -234,8 +234,8 @@ async def _remove_volume(calls: Calls, asked: RemoveVolume, request: Request, op
 
 
 async def _touch(calls: Calls, asked: OneContainer, request: Request, options: Options) -> Response:
-    """Mark a container as used: 204."""
-    await containers.inspect(calls, asked.container_id)
+    """Mark a container as used, so that its time to live (`ttlSeconds`) begins anew: 204."""
+    await containers.touch(calls, asked.container_id)
     return Response(status_code=NO_CONTENT)
 
 

@@ -41,6 +41,7 @@ class Runner:
         engine_socket: path of the engine's socket (there need not be one).
         environ: further settings.
         forced_gc: see `forced_gc.py`.
+        program: that is run, in the place of `runner.py`.
         output: a file descriptor for the standard output, the audit log.
     """
 
@@ -50,6 +51,7 @@ class Runner:
         environ: Mapping[str, str] | None = None,
         *,
         forced_gc: bool = False,
+        program: str = "runner.py",
         output: int = subprocess.DEVNULL,
     ) -> None:
         self.engine_socket = engine_socket
@@ -61,6 +63,7 @@ class Runner:
             "DOCKER_RUNNER_PORT": "0",
             "DOCKER_RUNNER_ENV": "production",
             "DOCKER_RUNNER_ENGINE_WATCH_MS": "0",  # An engine of a script counts what comes.
+            "DOCKER_RUNNER_EXPIRY_INTERVAL_MS": "0",  # Others share the engine; and scripts expect what a test asks.
             "DOCKER_RUNNER_POLICY": "everything",  # What a policy refuses is a matter of tests of their own.
             **(environ or {}),
         }
@@ -70,7 +73,7 @@ class Runner:
         self._logged = threading.Condition()
         self._listens = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / ("tests/forced_gc.py" if forced_gc else "runner.py")), "serve"],
+            [sys.executable, str(ROOT / ("tests/forced_gc.py" if forced_gc else program)), "serve"],
             env=self.environ,
             stderr=subprocess.PIPE,
             stdout=output,
