@@ -19,6 +19,7 @@ from dockerapi import Engine
 from engine_connection import EngineResponse
 from errors import RunnerError
 from expiry import USES, Expiry
+from flights import Flights
 from policy import Policy
 from scope import Narrowed, Scopes
 from scope_events import MAX_EVENT, own_events
@@ -91,6 +92,7 @@ class Calls:
         policy: of the caller: what it may not ask the engine for, it may not have done here either.
         scopes: who owns what.
         expiry: told of what is used.
+        flights: pulls that are shared.
         head_s: how long the engine may take to begin an answer that is only looked up.
     """
 
@@ -102,11 +104,13 @@ class Calls:
         policy: Policy,
         scopes: Scopes,
         expiry: Expiry,
+        flights: Flights,
         head_s: float | None = None,
     ) -> None:
         self.engine = engine
         self.operation = operation
         self.expiry = expiry
+        self.flights = flights
         self._policy = policy
         self._scopes = scopes
         self._tasks = tasks

@@ -5,7 +5,7 @@ import base64
 import binascii
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -192,7 +192,7 @@ async def _event_messages(
     raise RunnerError("events_failed", "the engine ended the stream of events")
 
 
-async def pull_feed(progress: AsyncIterator[bytes], keep_alive_s: float) -> Feed:
+async def pull_feed(progress: AsyncGenerator[bytes, None], keep_alive_s: float) -> Feed:
     """A pull's progress as messages, then its end. What fails before there is any is still an HTTP error.
 
     Raises:
@@ -202,11 +202,12 @@ async def pull_feed(progress: AsyncIterator[bytes], keep_alive_s: float) -> Feed
     return Feed(_pull_messages(first, progress), keep_alive_s=keep_alive_s, close=lambda: None, endless=False)
 
 
-async def _pull_messages(first: bytes | None, progress: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    if first is not None:
-        yield _progress(first)
-        async for line in progress:
-            yield _progress(line)
+async def _pull_messages(first: bytes | None, progress: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(progress):
+        if first is not None:
+            yield _progress(first)
+            async for line in progress:
+                yield _progress(line)
     yield END
 
 

@@ -1,15 +1,16 @@
 """Images of the runner face: present, or pulled; an error within the pull's stream is an error here."""
 
 import base64
+import contextlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from urllib.parse import quote
 
 import msgspec
 
 from calls import MAX_ANSWER, Calls, Thing, decoded
 from errors import RunnerError
-from streams import LineFramer
+from flights import Refused, Wanted
 
 ARCHITECTURES = ("amd64", "arm64")
 """Of these the name in a platform is the name in an image; others have several."""
@@ -64,57 +65,39 @@ async def _check_platform(calls: Calls, image: str, platform: str) -> None:
             raise RunnerError("no_such_image", message, status=404)
 
 
-async def pull(calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None) -> AsyncIterator[bytes]:
-    """Pull an image; yields the engine's progress, a JSON document each, as it comes.
+async def ensuring(
+    calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Have the image on the engine: nothing is pulled if it is there, unless a platform is asked for.
+
+    Yields the engine's progress, a JSON document each; callers that want the same share a pull (`flights.py`).
 
     Raises:
         RunnerError: the engine or the registry refused or failed, before or within the progress; or what it pulled is
             for another platform.
     """
-    repository, tag = split_reference(image)
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    if auth is not None:
-        headers = ((b"X-Registry-Auth", base64.urlsafe_b64encode(msgspec.json.encode(auth))),)
-    query = {"fromImage": repository, "tag": tag, "platform": platform}
-    with await calls.open("POST", "/images/create", query, headers=headers, thing=Thing.IMAGE) as response:
-        framer = LineFramer()
-        async for chunk in response.chunks():
-            for line in framer.feed(chunk).splitlines():
-                if line.strip():
-                    _raise_for(line)
-                    yield line
-        if framer.tail().strip():
-            raise RunnerError("image_ensure_failed", "the pull's progress broke off")
+    repository, version = split_reference(image)
+    encoded = None if auth is None else base64.urlsafe_b64encode(msgspec.json.encode(auth, order="sorted"))
+    wanted = Wanted(None if platform else _inspect_path(image), repository, version, platform, encoded)
+    try:
+        calls.check("POST", wanted.target().encode(), b"")
+    except RunnerError:
+        # What this caller may not pull it may still find.
+        if platform is None and await is_present(calls, image):
+            return
+        raise
+    try:
+        async with contextlib.aclosing(calls.flights.ensure(wanted)) as progress:
+            async for line in progress:
+                yield line
+    except Refused as refused:
+        raise calls.failure(refused.status, refused.body, Thing.IMAGE) from None
     if platform is not None:
         await _check_platform(calls, image, platform)
 
 
-class _Progress(msgspec.Struct):
-    error: str | None = None
-
-
-def _raise_for(line: bytes) -> None:
-    try:
-        progress = msgspec.json.decode(line, type=_Progress)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RunnerError("image_ensure_failed", f"the pull's progress is not JSON: {error}") from error
-    if progress.error is not None:
-        raise RunnerError("image_ensure_failed", progress.error)
-
-
-async def ensuring(
-    calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None = None
-) -> AsyncIterator[bytes]:
-    """Have the image on the engine: nothing is pulled if it is there, unless a platform is asked for.
-
-    Yields and raises as `pull`.
-    """
-    if platform is not None or not await is_present(calls, image):
-        async for line in pull(calls, image, platform, auth):
-            yield line
-
-
 async def ensure(calls: Calls, image: str, platform: str | None, auth: Mapping[str, str] | None = None) -> None:
     """As `ensuring`, the progress left aside."""
-    async for _ in ensuring(calls, image, platform, auth):
-        pass
+    async with contextlib.aclosing(ensuring(calls, image, platform, auth)) as progress:
+        async for _ in progress:
+            pass

@@ -27,6 +27,7 @@ from calls import Calls, Operation
 from dockerapi import Engine
 from errors import RunnerError
 from expiry import Expiry
+from flights import Flights
 from policy import Policies
 from scope import Scopes
 from workloads import EXEC, INTERACTIVE, JSON, ROUTES, Handler, Interactive, Options, exec_config
@@ -203,10 +204,13 @@ def create_runner_face(
 ) -> ASGIApp:
     """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
     readiness = Readiness(engine, clock)
+    flights = Flights(engine)
     tasks: set[asyncio.Task[Any]] = set()
 
     def calls(operation: Operation, scope: Mapping[str, Any]) -> Calls:
-        return Calls(engine, operation, tasks, policies().of(_verified(scope).key), scopes, expiry, options.head_s)
+        return Calls(
+            engine, operation, tasks, policies().of(_verified(scope).key), scopes, expiry, flights, options.head_s
+        )
 
     def endpoint(
         method: str, path: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation

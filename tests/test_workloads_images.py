@@ -89,11 +89,16 @@ class Images:
         self._names = names
         self._image = image
 
-    def publish(self, address: str, *tags: str, auth: dict[str, str] | None = None) -> str:
-        """An image of its own content in a registry, and not on the engine; returns its repository."""
+    def publish(self, address: str, *tags: str, auth: dict[str, str] | None = None, content: bytes = b"") -> str:
+        """An image of its own in a registry, and not on the engine; returns its repository.
+
+        `content` is a tar: a layer that the engine has not.
+        """
         repository = f"{address}/{self._names('image')}"
         body = {"Image": self._image, "Labels": {**self._names.labels, "is": repository}}
         container = self._direct.request("POST", "/containers/create", json=body).json()["Id"]
+        if content:
+            self.do("PUT", f"/containers/{container}/archive?path=/", 200, data=content)
         for tag in tags:
             self.do("POST", f"/commit?container={container}&repo={repository}&tag={tag}", 201)
             pushed = self.do("POST", f"/images/{repository}/push?tag={tag}", 200, headers=as_registry_auth(auth or {}))
