@@ -516,10 +516,13 @@ class TestWhatTheEngineIsAsked:
         assert steps(scripted) == ["pull", "look", "create", "start"]
         assert scripted.targets()[0] == b"/images/create?fromImage=x&tag=latest&platform=linux%2Farm64"
         assert scripted.targets()[2] == CREATE + b"?name=n&platform=linux%2Farm64"
-        assert json.loads(scripted.requests[2].partition(b"\r\n\r\n")[2]) == {
+        body = json.loads(scripted.requests[2].partition(b"\r\n\r\n")[2])
+        assert re.fullmatch(r"[0-9a-f]{16}", body["Labels"].pop("docker-runner.lease"))
+        ttl = {"docker-runner.ttl-seconds": "5", "docker-runner.instance": "default"}
+        assert body == {
             "Image": "x",
             "WorkingDir": "/w",
-            "Labels": {"a": "b", "hautech.ai/platform": "linux/arm64"},
+            "Labels": {"a": "b", "hautech.ai/platform": "linux/arm64", **ttl},
             "HostConfig": {"AutoRemove": True},
         }
 
