@@ -130,7 +130,9 @@ class Leases:
         return use
 
     def resolve(self, use: Use, container: str) -> None:
-        """The exec of a use is in this container."""
+        """The exec of a use is in this container. A use that has ended meanwhile is none."""
+        if use not in self._unknown:
+            return
         self._unknown.discard(use)
         use.name, use.of_exec = container, False
         self._attach(use, self.find(container))

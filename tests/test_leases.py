@@ -145,6 +145,8 @@ def test_an_exec_counts_once_it_is_known_where_it_is(clock: Clock) -> None:
     nowhere = box.begin("f" * 64, of_exec=True)
     box.end(nowhere)
     assert box.unresolved() == []
+    box.resolve(nowhere, A)
+    assert due(box) == [A]
 
 
 def test_what_the_engine_does_not_tell_of_any_more_is_forgotten(clock: Clock) -> None:
