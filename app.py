@@ -61,7 +61,9 @@ class App:
             instance=settings.instance,
             interval_s=settings.expiry_interval_s,
             clock=clock,
+            on_reaped=self.metrics.reaped,
         )
+        self.metrics.expiring = lambda: len(self.expiry)
         self._engine_face = EngineFace(
             self.engine,
             head_s=settings.engine_head_s,
