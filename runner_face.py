@@ -4,8 +4,8 @@ Requests are decoded once, strictly: nothing is coerced, and an error names the 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Annotated, Any
 from urllib.parse import parse_qs, parse_qsl
 
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -31,6 +31,8 @@ from flights import Flights
 from policy import Policies
 from scope import Scopes
 from workloads import EXEC, INTERACTIVE, JSON, ROUTES, Handler, Interactive, Options, exec_config
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 READY_MAX_AGE_S = 1.0
 """`/v1/ready` is open to strangers, so it asks the engine at most this often."""
@@ -65,6 +67,11 @@ def _verified(scope: Mapping[str, Any]) -> Verified:
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
+@cache
+def _booleans(struct: type[msgspec.Struct]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(struct) if field.type is bool)
+
+
 def decoded_query(target: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct:
     """The parameters of a query as a struct.
 
@@ -75,7 +82,7 @@ def decoded_query(target: bytes, struct: type[msgspec.Struct]) -> msgspec.Struct
         pairs = parse_qsl(target.partition(b"?")[2].decode("ascii"), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError as error:
         raise RunnerError("validation_error", "the query is not UTF-8") from error
-    booleans = {field.encode_name for field in msgspec.structs.fields(struct) if field.type is bool}
+    booleans = _booleans(struct)
     given: dict[str, Any] = {}
     for name, text in pairs:
         if name in given:
@@ -214,7 +221,7 @@ def create_runner_face(
 
     def endpoint(
         method: str, path: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation
-    ) -> Callable[[Request], Awaitable[Response]]:
+    ) -> Endpoint:
         async def serve(request: Request) -> Response:
             verified = _verified(request.scope)
             route, changes = f"{method} {path}", bool(operation.stands_for)
@@ -251,21 +258,38 @@ def create_runner_face(
         verified.as_stream()
         await _interactive(socket, calls(EXEC, socket.scope))
 
+    endpoints = {
+        (method, path): endpoint(method, path, struct, handler, operation)
+        for method, path, struct, handler, operation in ROUTES
+    }
     routes = [
         Route("/v1/health", health),
         Route("/v1/ready", ready),
         Route("/v1/openapi.json", document),
         WebSocketRoute(INTERACTIVE, interactive),
-        *(
-            Route(path, endpoint(method, path, struct, handler, operation), methods=[method])
-            for method, path, struct, handler, operation in ROUTES
-        ),
+        *(Route(path, serve, methods=[method]) for (method, path), serve in endpoints.items()),
     ]
-    return _RunnerFace(routes=routes)
+    return _RunnerFace(routes, endpoints)
 
 
 class _RunnerFace(Starlette):
-    """Starlette without its answers to errors: every one is left to the layer around, which gives nonces back."""
+    """Starlette without its answers to errors: every one is left to the layer around, which gives nonces back.
+
+    Its routes match one after the other, by regular expressions, and a stream would hold their frames for as long as it
+    lasts. So what is found by method and path at once is served without them.
+    """
+
+    def __init__(self, routes: Sequence[BaseRoute], endpoints: Mapping[tuple[str, str], Endpoint]) -> None:
+        super().__init__(routes=routes)
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        serve = self._endpoints.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if serve is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await (await serve(Request(scope, receive, send)))(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         self.router.redirect_slashes = False
