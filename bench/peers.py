@@ -39,13 +39,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], environ: dict[str, str] | None = None) -> Iterator[None]:
+def running(command: list[str], environ: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process for as long as the context lasts."""
     process = subprocess.Popen(
         command, env={**os.environ, **(environ or {})}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait()
