@@ -12,6 +12,7 @@ from audit import Audit
 from auth import Verifier, wall_clock_ms
 from dockerapi import Engine
 from engine_watch import EngineWatch
+from event_hub import EventHub
 from expiry import Expiry
 from logs import form_for
 from metrics import Metrics
@@ -81,6 +82,7 @@ class App:
             keep_alive_s=settings.sse_keep_alive_s,
             event_buffer=settings.event_buffer,
             metrics=self.metrics,
+            event_hub=EventHub(settings.sse_keep_alive_s, self.metrics.events_passed),
         )
         self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, self.expiry, clock)
         limits = Limits(

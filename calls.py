@@ -185,6 +185,11 @@ class Calls:
                 refusal = await self._scopes.of(label).redacted(operation, response.status, refusal)
             raise self.failure(response.status, refusal, thing)
 
+    @property
+    def scope_label(self) -> str:
+        """The label of what the caller may know of; empty: all."""
+        return self._policy.scope.label
+
     async def is_own_event(self) -> Callable[[bytes], Awaitable[bool]]:
         """Tells of which lines of the engine's events the caller may know."""
         label = self._policy.scope.label

@@ -215,6 +215,17 @@ class Cycle(Caller):
         else:
             raise RuntimeError(f"unexpected ASGI message {kind!r}")
 
+    def push(self, body: bytes, chunk: bytes) -> bool:
+        """Write a piece of the body at once, outside ASGI; returns whether the caller takes it, else nothing was done.
+
+        Of use where the same piece goes to many: `chunk` is `body` as a chunk, made once for all of them.
+        """
+        if self._peer.write_paused or self.disconnected or self._head is not None:
+            return False
+        self.sent += len(body)
+        self._peer.transport.write(chunk if self._chunked else body)
+        return True
+
     def _render_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         if self.more_body:
             self.keep_alive = False  # What remains of the request's body is not read.

@@ -4,9 +4,9 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 from starlette.responses import Response
@@ -17,12 +17,13 @@ from calls import Calls, Thing, segment
 from containers import inspected
 from engine_connection import EngineResponse
 from errors import RunnerError
-from streams import KEEP_ALIVE, FrameCutter, FramingError, LineFramer, sse
+from event_fanout import Caller, Subscriber
+from event_hub import EventHub, EventStream, Wish
+from event_journal import read_position
+from streams import KEEP_ALIVE, FrameCutter, FramingError, sse
 
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")]
 END = sse(b'{"type":"end"}')
-MAX_EVENT = 64 * 1024 * 1024
-"""Security limit: bytes of one event. It may be long: the event of an exec's creation holds the whole command."""
 
 
 class Feed(Response):
@@ -145,51 +146,74 @@ def event_filters(given: str | None) -> str:
         return default
     with contextlib.suppress(msgspec.ValidationError):
         filters = msgspec.convert(decoded, dict[str, list[str]])
-        return msgspec.json.encode(filters).decode()
+        # What means the same reads the same, so that it can be shared.
+        return msgspec.json.encode({name: sorted(set(filters[name])) for name in sorted(filters)}).decode()
     raise RunnerError("validation_error", "filters: must be an object of lists of strings")
 
 
-async def events(
-    calls: Calls,
-    since: str | None,
-    filters: str,
-    *,
-    connection: Connection,
-    buffer_limit: int,
-    keep_alive_s: float,
-    on_passed: Callable[[bytes, int], object],
-) -> Feed:
-    """The engine's events, each once. A reader that is too slow is cut off; the engine must not be made to wait.
+def event_wish(since: str | None, last_event_ids: list[str]) -> Wish:
+    """Where a caller's events are to begin: what it has seen last goes before a time.
 
-    `on_passed` is told of each piece that leaves, and since when (in ns since the epoch) the events are no history.
+    Raises:
+        RunnerError: `validation_error`: its `Last-Event-ID` is no id of an event, or there are several.
     """
-    is_own = await calls.is_own_event()
-    response = await calls.open(
-        "GET",
-        "/events",
-        {"since": since, "filters": filters},
-        buffer_limit=buffer_limit,
-        on_overflow=connection.abort,
-    )
-    return Feed(
-        _event_messages(response, is_own, on_passed), keep_alive_s=keep_alive_s, close=response.close, endless=True
-    )
+    given = [each for each in last_event_ids if each]  # Empty, it is that of a client that has seen none.
+    if len(given) > 1:
+        raise RunnerError("validation_error", "Last-Event-ID: stands more than once")
+    return Wish(since, read_position(given[0]) if given else None)
 
 
-async def _event_messages(
-    response: EngineResponse, is_own: Callable[[bytes], Awaitable[bool]], on_passed: Callable[[bytes, int], object]
-) -> AsyncGenerator[bytes, None]:
-    since_ns = time.time_ns()
-    framer = LineFramer(max_line=MAX_EVENT)
-    async for chunk in response.chunks():
-        lines = [line for line in framer.feed(chunk).splitlines() if line.strip() and await is_own(line)]
-        if framer.within_line:
-            raise RunnerError("events_failed", f"an event is longer than {MAX_EVENT} bytes")
-        if lines:
-            piece = b"".join(sse(b'{"type":"event","event":' + line + b"}") for line in lines)
-            on_passed(piece, since_ns)
-            yield piece
-    raise RunnerError("events_failed", "the engine ended the stream of events")
+class EventFeed(Response):
+    """A response of server-sent events that many share.
+
+    Args:
+        stream: theirs; it is left at the end, whatever ends it.
+        subscriber: this caller's part in it.
+    """
+
+    def __init__(self, stream: EventStream, subscriber: Subscriber) -> None:
+        super().__init__()
+        self._stream = stream
+        self._subscriber = subscriber
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        connection: Connection = scope["docker_runner"]
+
+        async def send_piece(piece: bytes) -> None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+        ending = RunnerError("shutting_down", "docker-runner is shutting down", retryable=False)
+        connection.on_drain(lambda: self._subscriber.end(ending))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            last = b""
+            try:
+                if scope["method"] != "HEAD":
+                    await self._subscriber.deliver(send_piece)
+            except RunnerError as error:
+                last = error_message(error)
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        finally:
+            self._stream.leave(self._subscriber)
+
+
+async def events(
+    calls: Calls, hub: EventHub, filters: str, wish: Wish, *, connection: Caller, buffer_limit: int
+) -> EventFeed:
+    """The engine's events, each once, from where the caller wants them.
+
+    Args:
+        calls: the engine, on the caller's behalf.
+        hub: where they come from.
+        filters: by `event_filters`.
+        wish: where to begin.
+        connection: the caller's.
+        buffer_limit: bytes that may wait for it; past it, it is cut off: the engine must not be made to wait.
+    """
+    calls.check("GET", f"/events?{urlencode({'filters': filters})}".encode(), b"")
+    subscriber = Subscriber(connection, buffer_limit)
+    return EventFeed(await hub.subscribe(calls, filters, wish, subscriber), subscriber)
 
 
 async def pull_feed(progress: AsyncGenerator[bytes, None], keep_alive_s: float) -> Feed:

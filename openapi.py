@@ -129,9 +129,23 @@ SUCCESSES: Mapping[str, Json] = {
     ),
     "/v1/events/sse": _sse(
         f'`{{"type":"event","event":ENGINES}}`: each event once. It has no end but {ERROR_MESSAGE}; a caller that '
-        "reads too slowly is cut off."
+        "reads too slowly is cut off. Each event has an `id:` line, and the stream begins with one; `Last-Event-ID` "
+        'resumes after it. `{"type":"reconnected","message"}`: the engine was away, and nothing is missing, unless '
+        '`{"type":"gap","reason","message"}` follows: events may be missing here, so look at what is there anew.'
     ),
     workloads.INTERACTIVE: {"101": {"description": _INTERACTIVE}},
+}
+
+HEADERS: Mapping[str, tuple[Json, ...]] = {
+    "/v1/events/sse": (
+        {
+            "name": "Last-Event-ID",
+            "in": "header",
+            "description": "The `id` of the last message that was received; goes before `since`. Unknown, it is a gap.",
+            "required": False,
+            "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{0,400}$"},
+        },
+    ),
 }
 
 _DESCRIPTION = """\
@@ -216,7 +230,7 @@ def _paths() -> Iterator[tuple[str, Json]]:
                 codes += WITH_BODY
                 asked = {"requestBody": _body(struct)}
             else:
-                asked = {"parameters": _parameters(struct)}
+                asked = {"parameters": [*_parameters(struct), *HEADERS.get(path, ())]}
             answers = _errors(codes, operation)
         titles = _titles(path, handler.__doc__ or "")
         yield path, {method.lower(): {**titles, **asked, "responses": SUCCESSES[path] | answers}}

@@ -65,6 +65,43 @@ class LineFramer:
         return b"".join(self._held)
 
 
+class LineReader:
+    """The whole lines of a stream, without their ends, whatever chunks it arrives in. Empty ones are passed over.
+
+    Args:
+        max_line: a security limit, in bytes: a longer line is left out.
+    """
+
+    def __init__(self, max_line: int) -> None:
+        self._max_line = max_line
+        self._held: list[bytes] = []
+        self._held_size = 0
+        self._overlong = False
+        self.left_out = 0
+        """How many lines were too long."""
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Take the next chunk; return the lines that it completes."""
+        whole, newline, rest = chunk.rpartition(b"\n")
+        lines: list[bytes] = []
+        if newline:
+            if self._overlong:
+                _, _, whole = whole.partition(b"\n")  # What came before is of the line that is left out.
+            elif self._held:
+                whole = b"".join((*self._held, whole))
+            self._overlong = False
+            self._held, self._held_size = [], 0
+            lines = [line for line in whole.splitlines() if line.strip()]
+        if rest and not self._overlong:
+            self._held.append(rest)
+            self._held_size += len(rest)
+            if self._held_size > self._max_line:
+                self._held, self._held_size = [], 0
+                self._overlong = True
+                self.left_out += 1
+        return lines
+
+
 STDOUT, STDERR = 1, 2
 MAX_FRAME = 1024 * 1024
 """Bytes of one multiplexed frame that are held back at most; a longer frame passes as it comes."""

@@ -21,6 +21,7 @@ import images
 from calls import Calls, Operation, Thing
 from containers import Name
 from errors import RunnerError
+from event_hub import EventHub
 from metrics import Metrics
 
 JSON = "application/json"
@@ -35,6 +36,7 @@ class Options(msgspec.Struct, frozen=True):
     keep_alive_s: float
     event_buffer: int
     metrics: Metrics
+    event_hub: EventHub
 
 
 # Requests. A field that may be absent may not be null; unknown fields are ignored, but for `start`.
@@ -291,16 +293,15 @@ async def _logs(calls: Calls, asked: Logs, request: Request, options: Options) -
 
 
 async def _events(calls: Calls, asked: Events, request: Request, options: Options) -> Response:
-    """SSE: the engine's events, each once."""
+    """SSE: the engine's events, each once; with `Last-Event-ID` from there on, and every gap told."""
     request.scope["docker_runner.request"].as_stream()
     return await feeds.events(
         calls,
-        None if asked.since is UNSET else asked.since,
+        options.event_hub,
         feeds.event_filters(None if asked.filters is UNSET else asked.filters),
+        feeds.event_wish(None if asked.since is UNSET else asked.since, request.headers.getlist("last-event-id")),
         connection=request.scope["docker_runner"],
         buffer_limit=options.event_buffer,
-        keep_alive_s=options.keep_alive_s,
-        on_passed=options.metrics.events_passed,
     )
 
 

@@ -183,7 +183,8 @@ class Reply:
 
 
 class Feed:
-    """The server-sent events of an answer: each one line `data: {JSON}` and an empty line, or a comment."""
+    """The server-sent events of an answer: each one line `data: {JSON}`, an `id:` line or none, and an empty line; or a
+    comment."""
 
     def __init__(self, reply: Reply) -> None:
         self._pieces = reply.pieces()
@@ -191,7 +192,7 @@ class Feed:
         self.comments = 0
 
     def block(self) -> bytes | None:
-        """The next block up to its empty line, a comment or a message; None at the stream's end."""
+        """The next block up to its empty line and less its id, a comment or a message; None at the stream's end."""
         while b"\n\n" not in self._buffer:
             piece = next(self._pieces, None)
             if piece is None:
@@ -199,7 +200,7 @@ class Feed:
                 return None
             self._buffer += piece
         block, _, self._buffer = self._buffer.partition(b"\n\n")
-        return block
+        return re.sub(rb"\nid: [A-Za-z0-9_-]+\Z", b"", block)
 
     def __iter__(self) -> Iterator[Any]:
         """The messages."""
