@@ -23,7 +23,6 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 
 if TYPE_CHECKING:
     from ssl import SSLContext
-
 __all__ = ["EMPTY_BODY_HASH", "STREAMING", "body_hash", "chunk_signature", "sign", "signature", "signed_chunk"]
 __all__ += ["ExecResult", "ExecSession", "LogRecord", "Response", "RunnerClient", "RunnerClientError", "string_to_sign"]
 __version__ = "0.1.0"
@@ -31,31 +30,27 @@ __version__ = "0.1.0"
 def body_hash(body: bytes) -> str:
     """BODYHASH of a body's raw bytes: base64 of their SHA-256."""
     return base64.b64encode(hashlib.sha256(body).digest()).decode("ascii")
-
 EMPTY_BODY_HASH = body_hash(b"")
 STREAMING = "STREAMING-HMAC-SHA256"  # BODYHASH of a body that comes as signed chunks
 MAX_CHUNK = 1024 * 1024  # bytes of data in one signed chunk, at most
 MAX_MESSAGE = 128 * 1024 * 1024  # security limit: bytes of one message of a feed or a session
 Body = bytes | BinaryIO | Iterable[bytes]
 Env = Mapping[str, str] | Sequence[str]
+Auth = Mapping[str, str] | None
+Message = dict[str, Any]
 Item = tuple[Any, int, str, bool]  # of a feed: what is given out, its time in ns, its stream, whether it ends a line
-
 def string_to_sign(method: bytes, target: bytes, timestamp: bytes, nonce: bytes, content_hash: bytes) -> bytes:
     """The canonical string: the five parts, a newline between them (none of them can hold one)."""
     return b"\n".join((method, target, timestamp, nonce, content_hash))
-
 def signature(secret: bytes, message: bytes) -> bytes:
     """base64 of the HMAC-SHA256 of `message` (a `string_to_sign`) under `secret`."""
     return base64.b64encode(hmac.digest(secret, message, "sha256"))
-
 def chunk_signature(secret: bytes, previous: bytes, digest: bytes) -> bytes:
     """Of a chunk with this SHA-256: 32 bytes; `previous` is that of the chunk before, or of the request, raw."""
     return hmac.digest(secret, b"docker-runner chunk\n" + previous + digest, "sha256")
-
 def signed_chunk(secret: bytes, previous: bytes, data: bytes) -> bytes:
     """One record: length (4 bytes, big-endian), signature (32: the next one's `previous`), data (none ends a body)."""
     return len(data).to_bytes(4, "big") + chunk_signature(secret, previous, hashlib.sha256(data).digest()) + data
-
 def sign(
     secret: str, method: str, target: str, body: bytes = b"", *, key: str | None = None,
     content_hash: str | None = None, timestamp_ms: int | None = None, nonce: str | None = None,
@@ -73,8 +68,7 @@ def sign(
 class RunnerClientError(Exception):
     """A refusal or failure: `status` (HTTP's; 0: no answer), `code`, `message`, `retryable`, `details` (for machines).
     Codes: the runner's, `unreachable` (nothing was sent), `timeout` and `connection_lost` (it may have happened),
-    `protocol_error`, `body_failed`, `http_error` (the engine's own answer, or a proxy's). Retryable: nothing is left.
-    """
+    `protocol_error`, `body_failed`, `gap`, `http_error` (the engine's own, a proxy's). Retryable: nothing is left."""
     def __init__(self, told: Mapping[str, Any], status: int = 0) -> None:
         self.status, self.code = int(told.get("status", status)), str(told.get("code", "http_error"))
         self.message, self.retryable = str(told.get("message")), told.get("retryable") is True
@@ -89,7 +83,6 @@ class RunnerClientError(Exception):
 ExecResult = NamedTuple("ExecResult", [("stdout", str), ("stderr", str), ("exit_code", int)])  # noqa: UP014
 LogRecord = NamedTuple("LogRecord", [("stream", str), ("data", bytes), ("timestamp", str)])  # noqa: UP014
 """A line of a log with its end, or 16 KiB of a longer one; `stream` is `stdout` (all of a TTY's) or `stderr`."""
-
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     from http.client import HTTPException
@@ -99,15 +92,12 @@ def _translated() -> Iterator[None]:
         lost = "timeout" if isinstance(error, TimeoutError) else "connection_lost"
         code = lost if isinstance(error, (OSError, HTTPException)) else "protocol_error"
         raise RunnerClientError({"code": code, "message": f"the exchange failed: {error!r}"}) from error
-
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as the wire names them; those that are None are left out."""
     words = ((name.split("_"), value) for name, value in given.items() if value is not None)
     return {first + "".join(map(str.capitalize, rest)): value for (first, *rest), value in words}
-
 def _json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
-
 def _target(path: str, given: Mapping[str, Any]) -> str:
     texts = {name: value if isinstance(value, str) else _json(value) for name, value in _named(given).items()}
     return f"{path}?{urlencode(texts, quote_via=quote, safe='')}" if texts else path
@@ -115,7 +105,7 @@ def _target(path: str, given: Mapping[str, Any]) -> str:
 class Response(contextlib.AbstractContextManager["Response"]):
     """An answer: `status`, `headers` (lower-case names), `body`; of `stream`: iterate. Broken off, it raises."""
     def __init__(self, connection: Any) -> None:
-        self.connection, self.http, self.body = connection, connection.getresponse(), b""
+        self.connection, self.http, self.body, self.last_id = connection, connection.getresponse(), b"", ""
         self.status, self.headers = int(self.http.status), {n.lower(): str(v) for n, v in self.http.getheaders()}
     def __iter__(self) -> Iterator[bytes]:
         with _translated():
@@ -135,12 +125,17 @@ class Response(contextlib.AbstractContextManager["Response"]):
         after = self.headers.get("retry-after", "")
         return RunnerClientError({**told, "after": after if after.isdecimal() else 0}, self.status)
     def messages(self) -> Iterator[dict[str, Any]]:
-        """The messages of server-sent events, up to the one that ends or breaks them."""
+        """The messages of server-sent events, up to the one that ends or breaks them; `last_id`: that of the last."""
         if self.status != 200:
             raise self.error()
         with _translated():
+            data, id_ = b"{}", b""
             while line := self.http.readline(MAX_MESSAGE):
-                message = json.loads(line[5:]) if line.startswith(b"data:") else {}
+                id_ = line[3:] if line.startswith(b"id:") else id_
+                data = line[5:] if line.startswith(b"data:") else data
+                if line.strip():
+                    continue
+                message, data, self.last_id, id_ = json.loads(data), b"{}", id_.decode().strip() or self.last_id, b""
                 if message.get("type") == "error":
                     raise RunnerClientError(message, self.status)
                 if message.get("type") == "end":
@@ -173,14 +168,12 @@ def log_items(messages: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
             except ValueError:
                 text = line
             yield LogRecord(stream, text, stamp), time_ns, stream, text.endswith(b"\n")
-
 def frame(opcode: int, payload: bytes) -> bytes:
     """A client's frame, masked, of at most 65,535 bytes (RFC 6455, section 5)."""
     size, mask = len(payload), os.urandom(4)
     length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
     masked = int.from_bytes(payload, "big") ^ int.from_bytes((mask * (size // 4 + 1))[:size], "big")
     return bytes((0x80 | opcode,)) + length + mask + masked.to_bytes(size, "big")
-
 def frames(read: Callable[[int], bytes]) -> Iterator[tuple[int, bytes]]:
     """The server's whole messages and control frames, (opcode, payload), up to the close or the transport's end."""
     opcode, message = 0, bytearray()
@@ -246,9 +239,9 @@ class ExecSession(contextlib.AbstractContextManager["ExecSession"]):
 class RunnerClient:
     """A runner; any number of threads may ask it, each call has a connection of its own.
     `url`: http, https, or http+unix with a path, percent-encoded or plain. `key`: the secret's name, if it has one.
-    Seconds (None: no limit): `connect_s`; `read_s` for an answer to begin and go on; `pull_s` where an image may have
-    to be pulled; `stream_s` for silence of feeds, sessions, commands. `retries`: how often what is safe to ask again
-    (no connection was made, or the refusal is `retryable` and the body is bytes) is, signed anew."""
+    Seconds (None: no limit, or 60 of a feed's silence): `connect_s`; `read_s` for an answer to begin and go on;
+    `pull_s` where an image may have to be pulled; `stream_s` for silence of feeds, sessions, commands. `retries`: how
+    often what is safe to ask again (no connection was made, or a `retryable` refusal and a body of bytes) is."""
     def __init__(
         self, url: str, secret: str, *, key: str | None = None, ssl_context: "SSLContext | None" = None,
         connect_s: float | None = 5, read_s: float | None = 60, pull_s: float | None = 1800,
@@ -370,12 +363,10 @@ class RunnerClient:
         return int(self._call("/v1/containers/remove", given, accept=(404, 409)))
     def exec_resize(self, exec_id: str, *, cols: int, rows: int) -> None:
         self._call("/v1/exec/resize", {"exec_id": exec_id, "size": {"cols": cols, "rows": rows}})
-    def ensure_image(self, image: str, *, platform: str | None = None, auth: Mapping[str, str] | None = None) -> None:
+    def ensure_image(self, image: str, *, platform: str | None = None, auth: Auth = None) -> None:
         """Have the image on the engine, pulled if need be."""
         self._call("/v1/images/ensure", {"image": image, "platform": platform, "auth": auth}, timeout_s=self.pull_s)
-    def ensure_image_progress(
-        self, image: str, *, platform: str | None = None, auth: Mapping[str, str] | None = None
-    ) -> Iterator[dict[str, Any]]:
+    def ensure_image_progress(self, image: str, *, platform: str | None = None, auth: Auth = None) -> Iterator[Message]:
         """As `ensure_image`, begun by the first step of iteration, which gives the engine's progress."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         body = _json(_named({"image": image, "platform": platform, "auth": auth}))
@@ -446,14 +437,22 @@ class RunnerClient:
         next(feed)
         return feed
     def events(
-        self, *, since_ns: int | None = None, filters: Mapping[str, Sequence[str]] | None = None, tries: int = 10
-    ) -> Generator[dict[str, Any], None, None]:
-        """The engine's events (of containers, unless `filters` says otherwise; it remembers 256), as `logs`; broken off
-        before the first came, they begin anew with the second it was asked in."""
+        self, *, since_ns: int | None = None, filters: Mapping[str, Sequence[str]] | None = None, tries: int = 10,
+        on_gap: Callable[[Message], object] | None = None,
+    ) -> Generator[Message, None, None]:
+        """The engine's events (of containers, unless `filters` says otherwise), asked for at once, each once, in order.
+        Broken off, they resume. Where some may be missing (it remembers 256, and none when it was restarted), `on_gap`
+        is told, or without one an error raised (`gap`): look at what is there anew, then go on, or ask again."""
         given = {"filters": filters and base64.b64encode(_json(filters)).decode()}
         begin = self._now() if since_ns is None else since_ns
         def items(messages: Iterable[Any]) -> Iterator[Item]:
-            return ((m["event"], m["event"]["timeNano"], "", True) for m in messages if m.get("type") == "event")
+            for told in messages:
+                if told.get("type") == "gap" and not on_gap:
+                    raise RunnerClientError({**told, "code": "gap"}, 200)
+                if told.get("type") == "gap" and on_gap:
+                    on_gap(told)
+                elif told.get("type") == "event":
+                    yield told["event"], told["event"]["timeNano"], "", True
         feed = self._follow("/v1/events/sse", given, {}, since_ns, begin, items, tries)
         next(feed)
         return feed
@@ -469,17 +468,18 @@ class RunnerClient:
         """The items of a feed, after None when it is open. The engine gives them in the same order each time, but not
         strictly in that of their times: streams overtake one another, and all parts of a long line bear the first's.
         So it is asked again from a second or more before the last, and before a line that has not ended; `places`: such
-        times, and how many items from there on are known."""
+        times, and how many items from there on are known (`guess`: the time is ours). With ids, the last says it."""
         places, newest, within, tried, opened = [] if begin is None else [(begin, 0)], 0, set[str](), 0, False
-        guess = since is None and bool(begin)  # Of the time it begins with, while nothing has come.
+        answer, seen, guess = cast(Response | None, None), dict[str, str](), since is None and bool(begin)
         while True:
-            began, skip = time.monotonic(), places[0][1] if places else 0
+            seen = {"Last-Event-ID": answer.last_id} if answer and answer.last_id else seen
+            began, skip = time.monotonic(), places[0][1] if places and not seen else 0
             if opened and places:
                 first, since = {}, places[0][0]
             seconds, retries = since if since is None else f"{since // 10**9}.{since % 10**9:09}", 0 if opened else None
             target = _target(path, {**given, **first, "since": seconds})
             try:
-                with self.stream("GET", target, timeout_s=self.stream_s, retries=retries) as answer:
+                with self.stream("GET", target, headers=seen, timeout_s=self.stream_s or 60, retries=retries) as answer:
                     if not opened:
                         opened = True
                         yield None

@@ -185,6 +185,45 @@ def test_events_asked_for_without_a_time_resume_even_if_none_had_come() -> None:
     assert asked == [[], [], ["9.000000000"], ["9.000000007"]]
 
 
+def identified(number: int, action: str) -> bytes:
+    """As `event`, with an id."""
+    told = json.dumps({"type": "event", "event": {"timeNano": number, "Action": action}})
+    return piece(f"data: {told}\nid: id-of-{action}\n\n".encode())
+
+
+GAP = piece(b'data: {"type":"gap","reason":"engine","message":"restarted"}\n\n')
+
+
+def test_events_with_ids_resume_by_the_last_one_whose_event_came_whole() -> None:
+    broken = piece(b'data: {"type":"event","event":{"timeNano":7,"Action":"b"}}\nid: id-of-b\n')
+    here = piece(b": here\nid: begin\n\n")
+    answers = (FEED + here, FEED + identified(5, "a") + broken, FEED + identified(5, "b") + identified(5, "b"))
+    with Scripted(*answers, refusal(404, retryable=False)) as server:
+        events = RunnerClient(server.url, SECRET).events(since_ns=5)
+        assert [next(events)["Action"] for _ in range(3)] == ["a", "b", "b"]
+        with pytest.raises(RunnerClientError, match="some_code"):
+            next(events)
+    asked = [re.findall(r"(?i)last-event-id: (.*?)\r", request) for request in server.requests]
+    assert asked == [[], ["begin"], ["id-of-a"], ["id-of-b"]]
+
+
+def test_a_gap_is_raised() -> None:
+    with Scripted(FEED + identified(5, "a") + GAP) as server:
+        events = RunnerClient(server.url, SECRET).events(since_ns=5)
+        assert next(events)["Action"] == "a"
+        with pytest.raises(RunnerClientError, match="restarted") as failed:
+            next(events)
+    assert (failed.value.code, failed.value.retryable, len(server.requests)) == ("gap", False, 1)
+
+
+def test_a_gap_is_told_to_who_wants_to_know_and_the_events_go_on() -> None:
+    told: list[dict[str, Any]] = []
+    with Scripted(FEED + GAP + identified(5, "a")) as server:
+        events = RunnerClient(server.url, SECRET).events(since_ns=5, on_gap=told.append)
+        assert next(events)["Action"] == "a"
+    assert [each["reason"] for each in told] == ["engine"]
+
+
 def test_an_error_told_within_a_feed_is_raised() -> None:
     told = piece(b'data: {"type":"strange"}\n\ndata: {"type":"error","message":"broken","code":"events_failed"}\n\n')
     with Scripted(FEED + event(5, "a") + told) as server:
