@@ -15,6 +15,7 @@ import pytest
 from listening import Listener, events_of
 
 import event_hub
+from audit import Audit
 from calls import Calls
 from comparison import Containers
 from conftest import EngineDirect, Names
@@ -24,7 +25,9 @@ from dockerapi import Engine as EngineClient
 from errors import RunnerError
 from event_fanout import Subscriber
 from event_hub import EventHub, Wish
-from policy import PRESETS
+from expiry import Expiry
+from flights import Flights
+from policy import PRESETS, Policies
 from scope import Scopes
 from scripted import Peer, ScriptedEngine, chunked
 from service import Runner, read_to_end, signed_head
@@ -313,9 +316,11 @@ def test_an_engine_that_stays_away_is_the_end_in_the_end(monkeypatch: pytest.Mon
     async def test(engine: ScriptedEngine) -> bytes:
         client = EngineClient(engine.path, max_connections=10, queue_s=1, connect_s=1)
         operation = next(operation for _, path, _, _, operation in ROUTES if path == "/v1/events/sse")
-        calls = Calls(client, operation, set(), PRESETS["everything"], Scopes(client))
+        policies = Policies(PRESETS["everything"])
+        expiry = Expiry(client, Audit("off"), lambda: policies, instance="x", interval_s=60, clock=time.monotonic)
+        calls = Calls(client, operation, set(), policies.default, Scopes(client), expiry, Flights(client))
         subscriber = Subscriber(_Nowhere(), 1000)
-        stream = await EventHub(keep_alive_s=60).subscribe(calls, "{}", Wish(), subscriber)
+        stream = await EventHub(60, lambda events, since_ns: None).subscribe(calls, "{}", Wish(), subscriber)
         sent: list[bytes] = []
 
         async def send(piece: bytes) -> None:
