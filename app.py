@@ -10,12 +10,14 @@ from starlette.types import Receive, Scope, Send
 from admission import Authentication, Limits
 from audit import Audit
 from auth import Verifier, wall_clock_ms
+from calls import Endings
 from dockerapi import Engine
 from engine_watch import EngineWatch
 from event_hub import EventHub
 from expiry import Expiry
 from logs import form_for
 from metrics import Metrics
+from process_tree import LIMIT_S
 from proxy import EngineFace
 from runner_face import create_runner_face
 from scope import Scopes
@@ -84,7 +86,10 @@ class App:
             metrics=self.metrics,
             event_hub=EventHub(settings.sse_keep_alive_s, self.metrics.events_passed),
         )
-        self._runner_face = create_runner_face(self.engine, options, lambda: self.policies, scopes, self.expiry, clock)
+        self._endings = Endings()
+        self._runner_face = create_runner_face(
+            self.engine, options, lambda: self.policies, scopes, self.expiry, self._endings, clock
+        )
         limits = Limits(
             max_body=settings.max_body,
             max_upload=settings.max_upload,
@@ -126,6 +131,7 @@ class App:
             self.expiry.begin()
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        await self._endings.settle(LIMIT_S)
         await self.watch.end()
         await self.expiry.end()
         self.engine.close()

@@ -82,6 +82,39 @@ class Operation(msgspec.Struct, frozen=True):
     stands_for: tuple[str, ...] = ()
 
 
+ENDING_PLACES = 16
+"""Execs that are being ended; more wait."""
+MAX_ENDINGS = 1024
+"""Execs that are being ended or wait for it; one more is not."""
+
+
+class Endings:
+    """Execs that are being ended: held until they are, few at once, waited for when the runner ends."""
+
+    def __init__(self) -> None:
+        self.places = asyncio.Semaphore(ENDING_PLACES)
+        self._tasks: set[asyncio.Task[str]] = set()
+
+    def begin(self, ending: Coroutine[Any, Any, str]) -> "asyncio.Task[str]":
+        """Run the ending of one exec, whatever becomes of who asks for it; its result is why it failed, or empty."""
+        if len(self._tasks) >= MAX_ENDINGS:
+            ending.close()
+            ending = _too_many()
+        task = asyncio.ensure_future(ending)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def settle(self, limit_s: float) -> None:
+        """Wait for those under way."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=limit_s)
+
+
+async def _too_many() -> str:
+    return f"{MAX_ENDINGS} execs are being ended already"
+
+
 class Calls:
     """The engine, asked on behalf of one operation; failures are `RunnerError`s of that operation.
 
@@ -93,6 +126,7 @@ class Calls:
         scopes: who owns what.
         expiry: told of what is used.
         flights: pulls that are shared.
+        endings: holds the execs that are being ended.
         head_s: how long the engine may take to begin an answer that is only looked up.
     """
 
@@ -105,12 +139,14 @@ class Calls:
         scopes: Scopes,
         expiry: Expiry,
         flights: Flights,
+        endings: Endings,
         head_s: float | None = None,
     ) -> None:
         self.engine = engine
         self.operation = operation
         self.expiry = expiry
         self.flights = flights
+        self.endings = endings
         self._policy = policy
         self._scopes = scopes
         self._tasks = tasks

@@ -1,19 +1,8 @@
-"""Commands in containers: run to their end within time limits, or interactive over a WebSocket.
-
-An exec's connection is taken over from the engine (101) before anything else is asked, so that output which comes at
-once is not lost. It ends when the process has closed its output; only then is the exit code asked for. A process that
-closed its output and runs on is waited for.
-
-A terminal's input cannot be ended by closing it: the engine would close the output with it, and the process would
-never know. What ends it is what a person types, Ctrl-D. Nor does the engine pass it on unread: at a sequence of keys
-(Ctrl-P, Ctrl-Q, unless told otherwise) it detaches, so it is given one that nobody types.
-"""
+"""Commands in containers: run to their end within time limits, or interactive over a WebSocket."""
 
 import asyncio
 import codecs
 import contextlib
-import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -21,25 +10,19 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from admission import Connection
 from calls import Calls, Thing, segment
-from engine_connection import EngineResponse
 from errors import RunnerError
-from streams import STDERR, STDOUT, FrameReader, FramingError, Tail
+from exec_connection import Exec
+from process_tree import Tree
+from streams import STDERR, STDOUT, Tail
 
 KILL_GRACE_S = 10
 """Seconds that a container gets to end by itself, when a timed-out exec has it stopped."""
-EXIT_LIMIT_S = 10.0
-"""Seconds between the end of a process and its exit code; the engine needs a moment to note it."""
-EXIT_POLL_S = (0.005, 0.25)
-"""Seconds between two questions for an exit code, at first and at last."""
 LEAVE_LIMIT_S = 10.0
 """Seconds for a client that has said goodbye to take what is on its way to it."""
 LAST_INPUT_S = 0.2
 """Seconds for the end of the input to leave, before the engine's connection is closed."""
 LAST_OUTPUT = 256 * 1024
 """Bytes of output that an exit frame repeats, of each stream."""
-
-_END_OF_TRANSMISSION = b"\x04"
-_UPGRADE = ((b"Connection", b"Upgrade"), (b"Upgrade", b"tcp"))
 
 # Runs "$@", copying its output to the first process's: for logs that show what execs said. The copies must not
 # change the outcome: a `tee` that cannot write there, or no longer (SIGPIPE), still passes on what it reads.
@@ -53,140 +36,6 @@ def argv(command: str | list[str], *, log_to_pid1: bool = False) -> list[str]:
     """A command as the engine takes it: a string goes to a login shell, a list is taken as it is."""
     words = ["/bin/sh", "-lc", command] if isinstance(command, str) else command
     return ["bash", "-o", "pipefail", "-c", _LOG_TO_PID1, "bash", *words] if log_to_pid1 else words
-
-
-class _Created(msgspec.Struct, rename="pascal"):
-    id: str
-
-
-class _State(msgspec.Struct, rename="pascal"):
-    running: bool
-    exit_code: int | None = None
-
-
-class Exec:
-    """An exec whose connection is taken over: `output`, `write`, `end_input`, `exit_code`. A context manager."""
-
-    def __init__(self, calls: Calls, id_: str, stream: EngineResponse, *, tty: bool) -> None:
-        self.id = id_
-        self._calls = calls
-        self._stream = stream
-        self._tty = tty
-        self._input_ended = False
-        self._within_line = False
-
-    @classmethod
-    async def start(cls, calls: Calls, container: str, config: dict[str, Any]) -> "Exec":
-        """Create an exec in a container and start it.
-
-        Args:
-            calls: the engine.
-            container: id, prefix or name.
-            config: fields of the engine's `ContainerExec`.
-
-        Raises:
-            RunnerError: the engine refused, failed, or could not be reached.
-        """
-        path = f"/containers/{segment(Thing.CONTAINER, container)}/exec"
-        tty = bool(config.get("Tty"))
-        if tty:
-            config = {**config, "DetachKeys": ",".join(("ctrl-^", *secrets.token_hex(8)))}
-        try:
-            created = msgspec.json.decode(await calls.call("POST", path, json=config), type=_Created)
-        except msgspec.DecodeError as error:
-            raise RunnerError("engine_garbage", f"the engine created an exec and gave no id: {error}") from error
-        stream = await calls.open(
-            "POST",
-            f"/exec/{created.id}/start",
-            json={"Detach": False, "Tty": tty},
-            headers=_UPGRADE,
-            thing=Thing.EXEC,
-            resolved=True,
-        )
-        return cls(calls, created.id, stream, tty=tty)
-
-    async def output(self) -> AsyncIterator[tuple[int, bytes]]:
-        """Its output as it comes: (`STDOUT` or `STDERR`, bytes). With a terminal everything is `STDOUT`.
-
-        Raises:
-            RunnerError: `exec_failed`: the stream broke.
-        """
-        reader = FrameReader()
-        try:
-            async for chunk in self._stream.chunks():
-                if self._tty:
-                    yield STDOUT, chunk
-                else:
-                    for piece in reader.feed(chunk):
-                        yield piece
-        except (RunnerError, FramingError) as error:
-            raise RunnerError("exec_failed", f"the exec's output broke off: {error}") from error
-        if not reader.between_frames:
-            raise RunnerError("exec_failed", "the exec's output broke off")
-
-    async def write(self, data: bytes) -> None:
-        """Give it input; waits while it does not read. After the input's or the process's end this does nothing."""
-        if data and not self._input_ended:
-            self._within_line = data[-1:] not in b"\r\n"
-            with contextlib.suppress(RunnerError):
-                await self._stream.write(data)
-
-    async def end_input(self) -> None:
-        """End its input; may be said more than once. Waits while it does not read."""
-        if self._input_ended:
-            return
-        self._input_ended = True
-        if self._tty:
-            # Within a line the first only hands over what was typed of it.
-            with contextlib.suppress(RunnerError):
-                await self._stream.write(_END_OF_TRANSMISSION * (2 if self._within_line else 1))
-        else:
-            self._stream.write_eof()
-
-    async def exit_code(self) -> int:
-        """Its exit code, once its output has ended; waits while it runs on without any.
-
-        Raises:
-            RunnerError: `exec_failed`: the engine does not say. The command may have run: never retryable.
-        """
-        now = asyncio.get_running_loop().time
-        pause_s, longest_s = EXIT_POLL_S
-        try:
-            async with asyncio.timeout(EXIT_LIMIT_S) as patience:
-                while True:
-                    answer = await self._calls.call(
-                        "GET", f"/exec/{self.id}/json", thing=Thing.EXEC, own=True, resolved=True
-                    )
-                    state = msgspec.json.decode(answer, type=_State)
-                    if state.running:
-                        patience.reschedule(now() + EXIT_LIMIT_S)
-                    elif state.exit_code is not None:
-                        return state.exit_code
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, longest_s)
-        except TimeoutError:
-            raise RunnerError("exec_failed", "the exec ended, but the engine does not say how") from None
-        except (RunnerError, msgspec.DecodeError) as error:
-            raise RunnerError("exec_failed", f"the exec ended, but not how is known: {error}") from error
-
-    async def resize(self, rows: int, cols: int) -> None:
-        """Set the size of its terminal."""
-        await resize(self._calls, self.id, rows, cols)
-
-    def close(self) -> None:
-        """Close its connection now; whether the process goes on is its own affair."""
-        self._stream.close()
-
-    def __enter__(self) -> "Exec":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-async def resize(calls: Calls, exec_id: str, rows: int, cols: int) -> None:
-    """Set the size of an exec's terminal."""
-    await calls.call("POST", f"/exec/{segment(Thing.EXEC, exec_id)}/resize", {"h": rows, "w": cols}, thing=Thing.EXEC)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -229,8 +78,16 @@ class Ran(msgspec.Struct, rename="camel"):
     exit_code: int
 
 
-async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limits, *, kill_on_timeout: bool) -> Ran:
+async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limits, tree: Tree, *, stop: bool) -> Ran:
     """Run a command to its end: its output as text, and its exit code.
+
+    Args:
+        calls: the engine.
+        container: id, prefix or name.
+        config: fields of the engine's `ContainerExec`.
+        limits: what ends it otherwise.
+        tree: its processes; ended with it, at a limit.
+        stop: at a time limit, have the container stopped instead.
 
     Raises:
         RunnerError: the engine refused; `exec_timeout`, `exec_idle_timeout`, `output_too_large`, `exec_failed`.
@@ -251,30 +108,40 @@ async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limi
     started = False
     try:
         async with asyncio.timeout_at(deadline()) as patience:
-            with await Exec.start(calls, container, config) as process:
+            with await Exec.start(calls, container, tree.marked(config), tree.begun) as process:
                 started = True
                 async for stream, piece in process.output():
                     output.add(stream, piece)
                     patience.reschedule(deadline())
                 code = await process.exit_code()
     except TimeoutError:
-        if kill_on_timeout:
+        told = (
+            f"Exec idle timed out after {limits.idle_timeout_ms}ms"
+            if idle
+            else (f"Exec timed out after {limits.timeout_ms}ms")
+        )
+        error = RunnerError("exec_idle_timeout" if idle else "exec_timeout", told, details=output.texts())
+        if stop:
             path = f"/containers/{segment(Thing.CONTAINER, container)}/stop"
             calls.background(_quietly(calls, path))
-        if idle:
-            raise _timed_out(
-                "exec_idle_timeout", f"Exec idle timed out after {limits.idle_timeout_ms}ms", output
-            ) from None
-        raise _timed_out("exec_timeout", f"Exec timed out after {limits.timeout_ms}ms", output) from None
+            raise error from None
+        raise await _ended(tree, error) from None
     except RunnerError as error:
+        if error.code == "output_too_large":
+            raise await _ended(tree, error) from None
         if started and error.retryable:
             raise RunnerError("exec_failed", error.message) from error
         raise
     return Ran(**output.texts(), exit_code=code)
 
 
-def _timed_out(code: str, message: str, output: _Output) -> RunnerError:
-    return RunnerError(code, message, details=output.texts())
+async def _ended(tree: Tree, error: RunnerError) -> RunnerError:
+    """The error that a command ends with, once its processes are ended too; it says so if they may not be."""
+    left = await asyncio.shield(tree.end())
+    if not left:
+        return error
+    message = f"{error.message}; its processes may still run: {left}"
+    return RunnerError(error.code, message, details={**(error.details or {}), "mayStillRun": left})
 
 
 async def _quietly(calls: Calls, path: str) -> None:

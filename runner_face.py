@@ -23,12 +23,14 @@ from starlette.websockets import WebSocket
 import execs
 from admission import Request as Verified
 from audit import Asked
-from calls import Calls, Operation
+from calls import Calls, Endings, Operation
 from dockerapi import Engine
 from errors import RunnerError
+from exec_connection import Exec
 from expiry import Expiry
 from flights import Flights
 from policy import Policies
+from process_tree import Tree
 from scope import Scopes
 from workloads import EXEC, INTERACTIVE, JSON, ROUTES, Handler, Interactive, Options, exec_config
 
@@ -145,8 +147,7 @@ async def _interactive(socket: WebSocket, calls: Calls) -> None:
         await socket.close(INVALID_QUERY, "invalid_query")
         return
     try:
-        with await execs.Exec.start(calls, asked.container_id, config) as process:
-            await execs.Session(socket, process, merged=asked.tty or not asked.demux).run()
+        await _session(socket, calls, asked, config)
         await socket.close()
     except RunnerError as error:
         _verified(socket.scope).broke = error
@@ -160,6 +161,21 @@ async def _interactive(socket: WebSocket, calls: Calls) -> None:
         ending = RunnerError("shutting_down", "docker-runner is shutting down", retryable=False)
         await execs.send(socket, execs.error_frame(ending))
         await socket.close(SERVICE_RESTART, "shutting_down")
+
+
+async def _session(socket: WebSocket, calls: Calls, asked: Interactive, config: dict[str, Any]) -> None:
+    merged = asked.tty or not asked.demux
+    if not asked.kill_on_disconnect:
+        with await Exec.start(calls, asked.container_id, config) as process:
+            await execs.Session(socket, process, merged=merged).run()
+        return
+    with Tree(calls) as tree:
+        try:
+            with await Exec.start(calls, asked.container_id, tree.marked(config), tree.begun) as process:
+                await execs.Session(socket, process, merged=merged).run()
+        except BaseException:
+            tree.end()  # The client left, or can hear of it no more; who it was that broke off does not matter.
+            raise
 
 
 # The application.
@@ -207,6 +223,7 @@ def create_runner_face(
     policies: Callable[[], Policies],
     scopes: Scopes,
     expiry: Expiry,
+    endings: Endings,
     clock: Callable[[], float],
 ) -> ASGIApp:
     """The ASGI application of the runner face; a `RunnerError` leaves it for the layer around it to answer."""
@@ -215,9 +232,8 @@ def create_runner_face(
     tasks: set[asyncio.Task[Any]] = set()
 
     def calls(operation: Operation, scope: Mapping[str, Any]) -> Calls:
-        return Calls(
-            engine, operation, tasks, policies().of(_verified(scope).key), scopes, expiry, flights, options.head_s
-        )
+        policy = policies().of(_verified(scope).key)
+        return Calls(engine, operation, tasks, policy, scopes, expiry, flights, endings, options.head_s)
 
     def endpoint(
         method: str, path: str, struct: type[msgspec.Struct], handler: Handler, operation: Operation

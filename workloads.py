@@ -6,6 +6,7 @@ do is in `images.py`, `containers.py`, `execs.py` and `feeds.py`; how requests c
 To add a route: a struct, a handler, a line in `ROUTES`.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -22,7 +23,9 @@ from calls import Calls, Operation, Thing
 from containers import Name
 from errors import RunnerError
 from event_hub import EventHub
+from exec_connection import resize
 from metrics import Metrics
+from process_tree import Tree
 
 JSON = "application/json"
 
@@ -97,7 +100,8 @@ class ExecOptions(msgspec.Struct, rename="camel", frozen=True):
     timeout_ms: Milliseconds = 0
     idle_timeout_ms: Milliseconds = 0
     tty: bool = False
-    kill_on_timeout: bool = False
+    kill_on_timeout: Annotated[bool, Meta(description="at a time limit the container is stopped")] = False
+    kill_on_disconnect: Annotated[bool, Meta(description="if the caller leaves, its processes are ended")] = False
     log_to_pid1: bool = msgspec.field(default=False, name="logToPid1")
 
 
@@ -144,6 +148,7 @@ class Interactive(msgspec.Struct, rename="camel"):
     tty: bool = False
     demux: bool = True
     env: Annotated[str, Meta(description="JSON: an object, or an array of `NAME=VALUE`")] | UnsetType = UNSET
+    kill_on_disconnect: Annotated[bool, Meta(description="if the client leaves, its processes are ended")] = False
 
 
 class Nothing(msgspec.Struct):
@@ -257,7 +262,16 @@ async def _run(calls: Calls, asked: RunExec, request: Request, options: Options)
         tty=given.tty and not given.log_to_pid1,
     )
     limits = execs.Limits(given.timeout_ms, given.idle_timeout_ms, options.max_output)
-    return _json(await execs.run(calls, asked.container_id, config, limits, kill_on_timeout=given.kill_on_timeout))
+    with Tree(calls) as tree:
+        try:
+            ran = await execs.run(calls, asked.container_id, config, limits, tree, stop=given.kill_on_timeout)
+        except asyncio.CancelledError:
+            # If it is the runner that leaves, nobody keeps the time limits any more.
+            left = request.scope["docker_runner"].disconnected
+            if given.kill_on_disconnect or (not left and (given.timeout_ms or given.idle_timeout_ms)):
+                tree.end()
+            raise
+    return _json(ran)
 
 
 def exec_config(
@@ -273,7 +287,7 @@ def exec_config(
 
 async def _resize(calls: Calls, asked: ResizeExec, request: Request, options: Options) -> Response:
     """Set the size of an exec's terminal: 204."""
-    await execs.resize(calls, asked.exec_id, asked.size.rows, asked.size.cols)
+    await resize(calls, asked.exec_id, asked.size.rows, asked.size.cols)
     return Response(status_code=NO_CONTENT)
 
 
