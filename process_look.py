@@ -43,8 +43,9 @@ _CHECK = "DOCKER_RUNNER_LOOK"
 
 # Arguments: the mark; a mark of the shell's own, by which it sees that it can read environments (there is a /proc, and
 # this shell's `read` gets over NULs); the exec's age in ticks. Each line of input: a signal (or 0), and sessions known
-# to be the exec's. Each answer: `other PID UID:GID` for processes as young that may not be read, `root PID SESSION` for
-# those that came from outside, as execs do; then `found COUNT DENIED SESSION...`.
+# to be the exec's. Each answer: `other PID UID:GID` for processes that it may not signal, or may not read (of those
+# that are younger than the exec, and did not come from outside, as execs do: of these the engine tells); `root PID
+# SESSION` for those from outside; then `found COUNT DENIED SESSION...`.
 _LOOK = r"""
 stat() {
   text=
@@ -67,6 +68,10 @@ owner() {
     case $key in Uid:) uid=$id ;; Gid:) gid=$id ;; esac
   done 2>/dev/null <"/proc/$1/status"
 }
+tell() {
+  owner "$1"
+  [ "$uid" ] && echo "other $1 $uid:$gid"
+}
 take() {
   ours="$ours$pid "
   case $session in 0 | "$first" | "$own") return ;; esac
@@ -85,7 +90,7 @@ walk() {
     stat "$pid" || continue
     case $state$threads in [ZX][01]) continue ;; esac
     if marked "$pid" "$mark"; then take
-    elif [ ! "$readable" ] && [ "$born" -ge "$since" ]; then strangers="$strangers $pid"
+    elif [ ! "$readable" ] && [ "$parent" -gt 0 ] && [ "$born" -ge "$since" ]; then strangers="$strangers $pid"
     fi
     rows="$rows $pid,$parent,$session,$group"
   done
@@ -103,7 +108,9 @@ walk() {
 send() {
   kill "-$1" "$pid" 2>/dev/null && return
   stat "$pid" || return
-  case $state in [ZX]) ;; *) denied=$((denied + 1)) ;; esac
+  case $state in [ZX]) return ;; esac
+  denied=$((denied + 1))
+  [ "$denied" -le 100 ] && tell "$pid"
 }
 mark=$1 check=$2 self=$$
 stat "$self" && marked "$self" "$check" || exit 1
@@ -131,8 +138,7 @@ while read -r signal known; do
     case $ours in *" $pid "*) continue ;; esac
     listed=$((listed + 1))
     [ "$listed" -le 100 ] || break
-    owner "$pid"
-    [ "$uid" ] && echo "other $pid $uid:$gid"
+    tell "$pid"
   done
   echo "found $count $denied$seen"
 done

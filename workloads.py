@@ -148,7 +148,7 @@ class Interactive(msgspec.Struct, rename="camel"):
     tty: bool = False
     demux: bool = True
     env: Annotated[str, Meta(description="JSON: an object, or an array of `NAME=VALUE`")] | UnsetType = UNSET
-    kill_on_disconnect: Annotated[bool, Meta(description="if the client leaves, its processes are ended")] = False
+    kill_on_disconnect: bool = False
 
 
 class Nothing(msgspec.Struct):
