@@ -396,7 +396,7 @@ class RunnerClient:
     def exec_run(
         self, container_id: str, command: str | Sequence[str], *, workdir: str | None = None, env: Env | None = None,
         timeout_ms: int | None = None, idle_timeout_ms: int | None = None, tty: bool | None = None,
-        kill_on_timeout: bool | None = None, log_to_pid1: bool | None = None,
+        kill_on_timeout: bool | None = None, log_to_pid1: bool | None = None, kill_on_disconnect: bool | None = None,
     ) -> ExecResult:
         """Run a command (a string: by a shell) to its end; 504 at a time limit, its output so far in `details`."""
         options = {name: value for name, value in locals().items() if name not in ("self", "container_id", "command")}
@@ -406,11 +406,11 @@ class RunnerClient:
         return ExecResult(told["stdout"], told["stderr"], told["exitCode"])
     def exec_interactive(
         self, container_id: str, command: str | Sequence[str], *, workdir: str | None = None, tty: bool | None = None,
-        demux: bool | None = None, env: Env | None = None,
+        demux: bool | None = None, env: Env | None = None, kill_on_disconnect: bool | None = None,
     ) -> ExecSession:
         """A command (a string: by a shell) with its input and output; `tty`: with a terminal."""
         argv = ["/bin/sh", "-lc", command] if isinstance(command, str) else list(command)
-        given = {"workdir": workdir, "tty": tty, "demux": demux, "env": env}
+        given = {"workdir": workdir, "tty": tty, "demux": demux, "env": env, "kill_on_disconnect": kill_on_disconnect}
         target = _target("/v1/exec/interactive/ws", {"container_id": container_id, "command": argv, **given})
         key = base64.b64encode(os.urandom(16)).decode()
         headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}

@@ -91,11 +91,13 @@ CODES: Mapping[str, Code] = {
     "touch_failed": Code(502, False, "The container could not be marked as used."),
     "put_archive_failed": Code(502, False, "The archive could not be unpacked in the container."),
     "exec_failed": Code(502, False, "The command could not be run, or what became of it is not known."),
-    "exec_timeout": Code(504, False, "The command ran longer than `timeoutMs`; `details` holds its output so far."),
-    "exec_idle_timeout": Code(
-        504, False, "The command was silent for `idleTimeoutMs`; `details` holds its output so far."
+    "exec_timeout": Code(
+        504, False, "The command ran longer than `timeoutMs`, and was ended; `details` holds its output so far."
     ),
-    "output_too_large": Code(413, False, "The command's output passed `DOCKER_RUNNER_MAX_OUTPUT`."),
+    "exec_idle_timeout": Code(
+        504, False, "The command was silent for `idleTimeoutMs`, and was ended; `details` holds its output so far."
+    ),
+    "output_too_large": Code(413, False, "The command's output passed `DOCKER_RUNNER_MAX_OUTPUT`; it was ended."),
     "resize_failed": Code(502, False, "The terminal could not be resized."),
     "logs_failed": Code(502, False, "The log could not be read."),
     "events_failed": Code(502, False, "The events could not be read."),

@@ -56,7 +56,7 @@ class Exec:
 
     @classmethod
     async def start(
-        cls, calls: Calls, container: str, config: dict[str, Any], begun: Begun | None = None, *, own: bool = False
+        cls, calls: Calls, container: str, config: dict[str, Any], begun: Begun | None = None, *, resolved: bool = False
     ) -> "Exec":
         """Create an exec in a container and start it.
 
@@ -66,7 +66,7 @@ class Exec:
             config: fields of the engine's `ContainerExec`.
             begun: if given, the start goes on though its caller is cancelled: the engine may start what nobody waits
                 for any more, and only its answer tells.
-            own: of the runner, in a container that the engine has named to us; see `Calls.open`.
+            resolved: the engine itself has named the container to us; see `Calls.open`.
 
         Raises:
             RunnerError: the engine refused, failed, or could not be reached.
@@ -76,7 +76,7 @@ class Exec:
         if tty:
             config = {**config, "DetachKeys": ",".join(("ctrl-^", *secrets.token_hex(8)))}
         try:
-            answer = await calls.call("POST", path, json=config, own=own, resolved=own)
+            answer = await calls.call("POST", path, json=config, resolved=resolved)
             created = msgspec.json.decode(answer, type=_Created)
         except msgspec.DecodeError as error:
             raise RunnerError("engine_garbage", f"the engine created an exec and gave no id: {error}") from error
@@ -86,7 +86,6 @@ class Exec:
             json={"Detach": False, "Tty": tty},
             headers=_UPGRADE,
             thing=Thing.EXEC,
-            own=own,
             resolved=True,
         )
         if begun is None:

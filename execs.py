@@ -115,12 +115,7 @@ async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limi
                     patience.reschedule(deadline())
                 code = await process.exit_code()
     except TimeoutError:
-        told = (
-            f"Exec idle timed out after {limits.idle_timeout_ms}ms"
-            if idle
-            else (f"Exec timed out after {limits.timeout_ms}ms")
-        )
-        error = RunnerError("exec_idle_timeout" if idle else "exec_timeout", told, details=output.texts())
+        error = _timed_out(limits, output, idle=idle)
         if stop:
             path = f"/containers/{segment(Thing.CONTAINER, container)}/stop"
             calls.background(_quietly(calls, path))
@@ -133,6 +128,15 @@ async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limi
             raise RunnerError("exec_failed", error.message) from error
         raise
     return Ran(**output.texts(), exit_code=code)
+
+
+def _timed_out(limits: Limits, output: _Output, *, idle: bool) -> RunnerError:
+    details = output.texts()
+    if idle:
+        return RunnerError(
+            "exec_idle_timeout", f"Exec idle timed out after {limits.idle_timeout_ms}ms", details=details
+        )
+    return RunnerError("exec_timeout", f"Exec timed out after {limits.timeout_ms}ms", details=details)
 
 
 async def _ended(tree: Tree, error: RunnerError) -> RunnerError:

@@ -9,9 +9,9 @@ environment, or wrote over it.) The first process, its session, and the shell it
 
 The first shell runs as the exec's user: `environ` is open to a process of the same user only (root in a container lacks
 CAP_SYS_PTRACE). Where it finds processes of others that are younger than the exec, one more is started as that user;
-where it may not signal one, as root. None is privileged: each can do what any exec in that container could, with a
-fixed script, whose arguments are made here. What it says comes from the container: it is taken for numbers, within
-bounds.
+where it may not signal one, as root; if the caller's policy allows execs as that user. None is privileged: each can do
+what any exec in that container could, with a fixed script, whose arguments are made here. What it says comes from the
+container: it is taken for numbers, within bounds.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ MAX_SHOWN = 300
 MAX_SESSIONS = 1000
 """Sessions of one exec."""
 
-_CHECK = "DOCKER_RUNNER_LOOK"
+_CHECK = "DR_LOOK"
 
 # Arguments: the mark; a mark of the shell's own, by which it sees that it can read environments (there is a /proc, and
 # this shell's `read` gets over NULs); the exec's age in ticks. Each line of input: a signal (or 0), and sessions known
@@ -153,14 +153,14 @@ class Found(msgspec.Struct):
         denied: how many of them may not be signalled.
         sessions: theirs.
         others: the users of younger processes that may not be read, by process.
-        roots: the sessions of processes that came from outside, as the exec's own did.
+        roots: the sessions of processes that came from outside, as the exec's own did, by process.
     """
 
     count: int = 0
     denied: int = 0
     sessions: set[int] = msgspec.field(default_factory=set)
     others: dict[int, str] = msgspec.field(default_factory=dict)
-    roots: set[int] = msgspec.field(default_factory=set)
+    roots: dict[int, int] = msgspec.field(default_factory=dict)
 
 
 class Looks:
@@ -220,7 +220,8 @@ class Looks:
             looked += 1
             if looked == len(self._shells):
                 await self._start_as(found)
-        found.roots -= {shell.pid for shell in self._shells}
+        for shell in self._shells:
+            found.roots.pop(shell.pid, None)
         self.sessions, self._seen = found.sessions | self._seen, found.sessions
         self._others = found.others
         if len(self.sessions) > MAX_SESSIONS:
@@ -255,7 +256,7 @@ def _merged(one: Found, other: Found) -> Found:
         denied=min(one.denied, other.denied),
         sessions=one.sessions | other.sessions,
         others={pid: user for pid, user in one.others.items() if pid in other.others},
-        roots=one.roots & other.roots,
+        roots={pid: session for pid, session in one.roots.items() if pid in other.roots},
     )
 
 
@@ -285,7 +286,7 @@ class _Shell:
             "WorkingDir": "/",
             **dict.fromkeys(("AttachStdin", "AttachStdout", "AttachStderr"), True),
         }
-        shell = cls(await Exec.start(calls, container, config, own=True))
+        shell = cls(await Exec.start(calls, container, config, resolved=True))
         try:
             told = await shell._line()
             if (ready := _READY.fullmatch(told)) is None:
@@ -307,7 +308,7 @@ class _Shell:
             if other := _OTHER.fullmatch(line):
                 found.others[int(other[1])] = other[2]
             elif root := _ROOT.fullmatch(line):
-                found.roots.add(int(root[1]))
+                found.roots[int(root[1])] = int(root[2])
             elif end := _FOUND.fullmatch(line):
                 found.count, found.denied = int(end[1]), int(end[2])
                 found.sessions = set(map(int, end[3].split()))
@@ -333,5 +334,5 @@ class _Shell:
 
 _READY = re.compile(r"ready ([0-9]{1,9}) ([0-9]{1,10}:[0-9]{1,10})")
 _OTHER = re.compile(r"other ([0-9]{1,9}) ([0-9]{1,10}:[0-9]{1,10})")
-_ROOT = re.compile(r"root [0-9]{1,9} ([0-9]{1,9})")
+_ROOT = re.compile(r"root ([0-9]{1,9}) ([0-9]{1,9})")
 _FOUND = re.compile(r"found ([0-9]{1,9}) ([0-9]{1,9}) ((?:[0-9]{1,9} )*)")

@@ -32,7 +32,7 @@ MAX_EXECS = 100
 TICKS = 100
 """`starttime` of proc(5) is in these, a second: the same on every architecture of today."""
 
-_MARK = "DOCKER_RUNNER_EXEC"
+_MARK = "DR_EXEC"
 
 R = TypeVar("R")
 
@@ -157,9 +157,11 @@ class Tree:
         if not await self._alone(container, looks):
             return False
         found = await looks.look("0")
-        if len(found.roots) != 1 or not await self._alone(container, looks):
+        # Of a session that it leads: nothing else can be of that one.
+        sessions = {session for pid, session in found.roots.items() if pid == session}
+        if len(found.roots) != 1 or not sessions or not await self._alone(container, looks):
             return False
-        looks.sessions |= found.roots
+        looks.sessions |= sessions
         await looks.end_all()
         return await self._has_ended()
 

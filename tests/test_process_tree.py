@@ -18,6 +18,7 @@ import pytest
 from policed import Policed
 
 import process_look
+from client import RunnerClient, RunnerClientError
 from comparison import Containers
 from conftest import EngineDirect, Names
 from dev import busybox, wait_until
@@ -28,7 +29,7 @@ from sessions import session
 JSON = {"Content-Type": "application/json"}
 FIRST = "sleep 1d"
 """The first process of every container here."""
-MARK = "DOCKER_RUNNER_EXEC"
+MARK = "DR_EXEC"
 OTHER = "adduser -D -H -u 1234 other 2>/dev/null || echo other:x:1234:1234::/:/bin/sh >>/etc/passwd; "
 
 
@@ -149,7 +150,7 @@ class TestFound:
 
     def test_a_process_that_became_root(self, runner: Runner, make: Make, direct: EngineDirect) -> None:
         box = make(User="1234:1234")
-        containers = direct.request(
+        made = direct.request(
             "POST",
             f"/containers/{box.name}/exec",
             json={
@@ -162,7 +163,7 @@ class TestFound:
                 "User": "0",
             },
         ).json()
-        assert direct.request("POST", f"/exec/{containers['Id']}/start", json={"Detach": False}).status_code == 200
+        assert direct.request("POST", f"/exec/{made['Id']}/start", json={"Detach": False}).status_code == 200
         answer = run(
             runner, box, "/bin/busybox-su su root -c 'id -u; setsid sleep 60 & sleep 61'; sleep 62", timeoutMs=700
         )
@@ -345,6 +346,14 @@ class TestLeaving:
         assert run(runner, box, "true").status == 200
         assert box.running == ["sleep 60"]
 
+    def test_by_the_client(self, runner: Runner, box: Box) -> None:
+        client = RunnerClient(runner.url, runner.secret)
+        with client.exec_interactive(box.name, "setsid sleep 60 & echo; sleep 61", kill_on_disconnect=True) as one:
+            next(iter(one))
+        assert wait_until(lambda: box.all_gone, 5)
+        with pytest.raises(RunnerClientError, match=r"timed out after 300ms \("):
+            client.exec_run(box.name, "sleep 60", timeout_ms=300, kill_on_disconnect=True)
+
 
 class TestTheRunnerEnds:
     @pytest.mark.parametrize(
@@ -385,23 +394,40 @@ class TestTheRunnerEnds:
             assert box.running == []
 
 
-def test_neither_policy_nor_scope_stand_in_the_way(engine: Engine, make: Make, tmp_path: Path) -> None:
-    """What the runner does to end an exec is not the caller's: it may be more than the caller may."""
-    policy = """
-        [operations]
-        allow = ["ContainerExec", "ExecStart"]
-        [exec]
-        users = [""]
-        [scope]
-        label = "docker-runner.test.tree=x"
-    """
-    box = make(Labels={"docker-runner.test.tree": "x"})
+LABEL = "docker-runner.test.tree"
+POLICY = f"""
+[operations]
+allow = ["ContainerExec", "ExecStart"]
+[exec]
+users = [""]
+[scope]
+label = "{LABEL}=x"
+"""
+"""A caller may do no more than run commands, as the container's own user, in its own containers."""
+
+
+@pytest.fixture
+def policed(engine: Engine, tmp_path: Path) -> Iterator[Policed]:
     with Policed(engine.socket, tmp_path / "policy") as runner:
-        said = runner.set(policy)
+        said = runner.set(POLICY)
         assert "read the policy again" in said, said
-        assert error(run(runner, box, OTHER + "su other -c 'setsid sleep 60 & sleep 61'", timeoutMs=500))[1] == ""
+        yield runner
+
+
+class TestUnderAPolicy:
+    def test_what_the_engine_is_asked_need_not_be_allowed_to_the_caller(self, policed: Policed, make: Make) -> None:
+        box = make(Labels={LABEL: "x"})
+        assert error(run(policed, box, OTHER + "su other -c 'setsid sleep 60 & sleep 61'", timeoutMs=500))[1] == ""
+        assert error(run(policed, box, ["env", "-i", "sleep", "62"], timeoutMs=300))[1] == ""
         assert box.running == []
-        assert run(runner, make(), "true").status == 404
+        assert run(policed, make(), "true").status == 404
+
+    def test_nothing_is_done_as_a_user_that_the_caller_may_not_be(
+        self, policed: Policed, make: Make, direct: EngineDirect
+    ) -> None:
+        box = make({"CapDrop": ["KILL"]}, Labels={LABEL: "x"})
+        assert "had not ended" in error(run(policed, box, OTHER + "su other -c 'sleep 60'; true", timeoutMs=500))[1]
+        assert "sleep 60" in box.running
 
 
 @pytest.mark.parametrize("shell", [["dash"], ["bash"], ["bash", "--posix"], ["busybox", "sh"]], ids=" ".join)
