@@ -70,6 +70,35 @@ class _Output:
         }
 
 
+class _Deadline:
+    """When a command's time is up. Both limits run from here: a start that hangs is part of what the caller waits for.
+
+    Args:
+        limits: 0 is none.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._now = asyncio.get_running_loop().time
+        self._end = self._now() + limits.timeout_ms / 1000 if limits.timeout_ms else None
+        self._idle = False
+
+    def next(self) -> float | None:
+        """The loop's time at which it is, if nothing is said from now on; None for never."""
+        idle_s = self._limits.idle_timeout_ms / 1000
+        quiet = self._now() + idle_s if idle_s else None
+        self._idle = quiet is not None and (self._end is None or quiet < self._end)
+        return quiet if self._idle else self._end
+
+    def passed(self, output: _Output) -> RunnerError:
+        """The error that tells which limit it was, with the output so far."""
+        details = output.texts()
+        if self._idle:
+            told = f"Exec idle timed out after {self._limits.idle_timeout_ms}ms"
+            return RunnerError("exec_idle_timeout", told, details=details)
+        return RunnerError("exec_timeout", f"Exec timed out after {self._limits.timeout_ms}ms", details=details)
+
+
 class Ran(msgspec.Struct, rename="camel"):
     """The answer of `/v1/exec/run`. With a terminal everything is `stdout`."""
 
@@ -92,30 +121,19 @@ async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limi
     Raises:
         RunnerError: the engine refused; `exec_timeout`, `exec_idle_timeout`, `output_too_large`, `exec_failed`.
     """
-    now = asyncio.get_running_loop().time
     output = _Output(limits.max_output)
-    # A limit of 0 is none. Both run from here, since a start that hangs is part of what the caller waits for.
-    end = now() + limits.timeout_ms / 1000 if limits.timeout_ms else None
-    idle_s = limits.idle_timeout_ms / 1000 if limits.idle_timeout_ms else None
-    idle = idle_s is not None
-
-    def deadline() -> float | None:
-        nonlocal idle
-        quiet = now() + idle_s if idle_s is not None else None
-        idle = quiet is not None and (end is None or quiet < end)
-        return quiet if idle else end
-
+    deadline = _Deadline(limits)
     started = False
     try:
-        async with asyncio.timeout_at(deadline()) as patience:
+        async with asyncio.timeout_at(deadline.next()) as patience:
             with await Exec.start(calls, container, tree.marked(config), tree.begun) as process:
                 started = True
                 async for stream, piece in process.output():
                     output.add(stream, piece)
-                    patience.reschedule(deadline())
+                    patience.reschedule(deadline.next())
                 code = await process.exit_code()
     except TimeoutError:
-        error = _timed_out(limits, output, idle=idle)
+        error = deadline.passed(output)
         if stop:
             path = f"/containers/{segment(Thing.CONTAINER, container)}/stop"
             calls.background(_quietly(calls, path))
@@ -128,15 +146,6 @@ async def run(calls: Calls, container: str, config: dict[str, Any], limits: Limi
             raise RunnerError("exec_failed", error.message) from error
         raise
     return Ran(**output.texts(), exit_code=code)
-
-
-def _timed_out(limits: Limits, output: _Output, *, idle: bool) -> RunnerError:
-    details = output.texts()
-    if idle:
-        return RunnerError(
-            "exec_idle_timeout", f"Exec idle timed out after {limits.idle_timeout_ms}ms", details=details
-        )
-    return RunnerError("exec_timeout", f"Exec timed out after {limits.timeout_ms}ms", details=details)
 
 
 async def _ended(tree: Tree, error: RunnerError) -> RunnerError:
