@@ -30,6 +30,8 @@ GRACE_S = 1.0
 """Seconds between SIGTERM and SIGKILL."""
 PAUSE_S = (0.005, 0.1)
 """Seconds between two looks, at first and at last."""
+TRIES = 3
+"""How often the first shell is started, until one runs."""
 MAX_USERS = 4
 """Users as which a container is looked through, beside the exec's own."""
 MAX_TOLD = 64 * 1024
@@ -210,7 +212,7 @@ class Looks:
     async def look(self, signal: str) -> Found:
         """Have every shell look once, and more of them where these may not; "0" is no signal."""
         if not self._shells:
-            await self._start("")
+            await self._start_first()
         looked = 0
         found = Found()
         while looked < len(self._shells):
@@ -231,6 +233,14 @@ class Looks:
     def unknown(self) -> str:
         """What nobody may look into, in words; empty if there is nothing."""
         return f"{len(self._others)} processes as young as it may not be looked into" if self._others else ""
+
+    async def _start_first(self) -> None:
+        """Start the shell that all depends on: where processes are as many as may be, not every try succeeds."""
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(RunnerError):
+                await self._start("")
+                return
+        await self._start("")
 
     async def _start_as(self, found: Found) -> None:
         """Start a shell as a user who may do what those that looked may not, if there is one left to try."""

@@ -25,8 +25,9 @@ from process_look import PAUSE_S, Looks
 
 LIMIT_S = 3.5
 """Seconds to end an exec: callers give up 5 s after their time limit, and are told before."""
-SETTLE_S = 0.5
-"""Seconds in which the engine must have noted that the exec has ended, once nothing of it is found."""
+SETTLE_S = (0.5, 1.5)
+"""Seconds for the engine to note that the exec has ended, once nothing of it is found: before what else it could be is
+looked at, and after."""
 MAX_EXECS = 100
 """Execs of a container that are asked for one by one."""
 TICKS = 100
@@ -115,7 +116,8 @@ class Tree:
         try:
             with Looks(self._calls, container, self._arguments) as looks:
                 await looks.end_all()
-                if await self._has_ended() or await self._adopt(container, looks):
+                soon, late = SETTLE_S
+                if await self._has_ended(soon) or await self._adopt(container, looks) or await self._has_ended(late):
                     return looks.unknown()
         except RunnerError as error:
             # A container that runs no more has no processes.
@@ -137,11 +139,11 @@ class Tree:
                 return None
             raise
 
-    async def _has_ended(self) -> bool:
-        """Whether the engine agrees; it needs a moment."""
+    async def _has_ended(self, limit_s: float) -> bool:
+        """Whether the engine agrees, within a while."""
         pause_s, longest_s = PAUSE_S
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(limit_s):
                 while (state := await self._state(self._exec)) is not None and state.running:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, longest_s)
@@ -163,7 +165,7 @@ class Tree:
             return False
         looks.sessions |= sessions
         await looks.end_all()
-        return await self._has_ended()
+        return await self._has_ended(SETTLE_S[0])
 
     async def _alone(self, container: str, looks: Looks) -> bool:
         """Whether it is the only exec that runs in the container, beside those that look."""

