@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import secrets
 import shutil
 import signal
 import subprocess
@@ -432,20 +433,20 @@ class TestUnderAPolicy:
 
 
 @pytest.mark.parametrize("shell", [["dash"], ["bash"], ["bash", "--posix"], ["busybox", "sh"]], ids=" ".join)
-def test_the_shells_of_common_images_look_alike(shell: list[str], tmp_path: Path) -> None:
+def test_the_shells_of_common_images_look_alike(shell: list[str]) -> None:
     program = shutil.which(shell[0])
     assert program is not None
-    mark = f"{MARK}={tmp_path.name}"
+    value = secrets.token_hex(16)
     script = "setsid sleep 60 & (env -i sleep 61 &); env -i setsid sleep 62 & echo begun; exec sleep 63"
     tree = subprocess.Popen(
         ["setsid", "sh", "-c", script],
-        env={"PATH": "/usr/bin:/bin", MARK: tmp_path.name, "AFTER": "two\nlines"},
+        env={"PATH": "/usr/bin:/bin", MARK: value, "AFTER": "two\nlines"},
         stdout=subprocess.PIPE,
     )
     assert tree.stdout is not None
     assert tree.stdout.readline() == b"begun\n"
     looking = subprocess.run(
-        [program, *shell[1:], "-c", process_look._LOOK, "docker-runner", mark, "CHECK=x", "300"],
+        [program, *shell[1:], "-c", process_look._LOOK, "docker-runner", f"{MARK}={value}", "CHECK=x", "300"],
         env={"A": "1", "CHECK": "x"},
         input="0\nTERM\n",
         capture_output=True,
