@@ -6,7 +6,7 @@ JOBS ?= 3
 
 MINUTES ?= 10
 
-.PHONY: help run test fuzz lint dist engine-stop clean
+.PHONY: help run test fuzz soak lint dist engine-stop clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -22,6 +22,10 @@ fuzz: ## the property tests with many examples, again and again for MINUTES (10)
 	@$(PYTHON) -m dev.prepare test
 	@end=$$(($$(date +%s) + $(MINUTES) * 60)); while [ $$(date +%s) -lt $$end ]; do \
 	  .venv/bin/python -m pytest -q -p tests.fuzzing -m hypothesis --maxfail 1 $(ARGS) || exit; done
+
+soak: ## all operations at once for MINUTES (10) while the engine halts and dies, then a look at what is left
+	@$(PYTHON) -m dev.prepare test
+	@.venv/bin/python tests/soak.py $(MINUTES) $(ARGS)
 
 lint: ## ruff (lint and format) and mypy --strict
 	@$(PYTHON) -m dev.prepare lint
