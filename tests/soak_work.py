@@ -49,7 +49,16 @@ AWAY = frozenset(
     )
 )
 """Codes that an engine which comes and goes, or many callers at once, bring about."""
-ELSEWHERE = frozenset(("no_such_container", "container_stopped_paused", "conflict", "no_such_exec", "no_such_volume"))
+ELSEWHERE = frozenset(
+    (
+        "put_archive_failed",
+        "no_such_container",
+        "container_stopped_paused",
+        "conflict",
+        "no_such_exec",
+        "no_such_volume",
+    )
+)
 """Codes that another caller brings about, who has the same container."""
 
 
