@@ -301,6 +301,8 @@ class Engine:
         except BaseException:
             taking.add_done_callback(unwanted)
             raise
+        if connection not in self._open:  # Lost already: the engine ended before it took it from its backlog.
+            raise RunnerError("engine_refused", f"the engine's socket {self.path} closed as it was connected to")
         return connection
 
     def _on_free(self, connection: Connection) -> None:

@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -464,6 +465,28 @@ class TestResend:
             with ScriptedEngine(lambda peer: peer.sock.recv(1, socket.MSG_PEEK)) as engine:
                 assert await code_of(fetch(client(engine))) == "engine_cut_head"
             assert engine.connections == 1
+
+        run(test())
+
+    @pytest.mark.parametrize("turns", range(10))
+    def test_an_engine_that_ends_before_it_takes_the_connection_was_asked_nothing(
+        self, run: Run, turns: int, tmp_path: Path
+    ) -> None:
+        """Whenever that is: it is told at once, and costs no place."""
+        path = str(tmp_path / "engine.sock")
+
+        async def test() -> None:
+            engine = Engine(path, max_connections=2, queue_s=1, connect_s=1)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen()
+                asking = asyncio.ensure_future(engine.request(b"GET", b"/x"))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                with pytest.raises(RunnerError, match=r"nothing accepts|closed as it was|closed the connection"):
+                    await asking
+            assert engine._places == 2
 
         run(test())
 
