@@ -144,7 +144,11 @@ while read -r signal known; do
   done
   echo "found $count $denied$seen"
 done
-"""
+""".strip()
+
+# It comes by standard input, up to an empty line: every watcher of events is told an exec's command.
+_LOAD = """while IFS= read -r line && [ "$line" ]; do text="$text$line
+"; done; eval "$text\""""
 
 
 class Found(msgspec.Struct):
@@ -290,7 +294,7 @@ class _Shell:
         mark, age = arguments
         check = f"{_CHECK}={secrets.token_hex(16)}"
         config = {
-            "Cmd": ["/bin/sh", "-c", _LOOK, "docker-runner", mark, check, age],
+            "Cmd": ["/bin/sh", "-c", _LOAD, "docker-runner", mark, check, age],
             "Env": [check],
             "User": user,
             "WorkingDir": "/",
@@ -298,6 +302,7 @@ class _Shell:
         }
         shell = cls(await Exec.start(calls, container, config, resolved=True))
         try:
+            await shell.process.write(f"{_LOOK}\n\n".encode())
             told = await shell._line()
             if (ready := _READY.fullmatch(told)) is None:
                 raise shell._failure(told)

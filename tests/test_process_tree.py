@@ -446,9 +446,9 @@ def test_the_shells_of_common_images_look_alike(shell: list[str]) -> None:
     assert tree.stdout is not None
     assert tree.stdout.readline() == b"begun\n"
     looking = subprocess.run(
-        [program, *shell[1:], "-c", process_look._LOOK, "docker-runner", f"{MARK}={value}", "CHECK=x", "300"],
+        [program, *shell[1:], "-c", process_look._LOAD, "docker-runner", f"{MARK}={value}", "CHECK=x", "300"],
         env={"A": "1", "CHECK": "x"},
-        input="0\nTERM\n",
+        input=f"{process_look._LOOK}\n\n0\nTERM\n",
         capture_output=True,
         text=True,
         start_new_session=True,
