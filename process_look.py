@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import msgspec
 
@@ -47,7 +47,7 @@ _CHECK = "DR_LOOK"
 # this shell's `read` gets over NULs); the exec's age in ticks. Each line of input: a signal (or 0), and sessions known
 # to be the exec's. Each answer: `other PID UID:GID` for processes that it may not signal, or may not read (of those
 # that are younger than the exec, and did not come from outside, as execs do: of these the engine tells); `root PID
-# SESSION` for those from outside; then `found COUNT DENIED SESSION...`.
+# SESSION` for those from outside; then `found COUNT DENIED MAIN SESSION...`, MAIN being 1 if the exec's own is there.
 _LOOK = r"""
 stat() {
   text=
@@ -122,12 +122,13 @@ owner "$self"
 echo "ready $self $uid:$gid"
 while read -r signal known; do
   walk $known
-  count=0 denied=0 listed=0
+  count=0 denied=0 listed=0 main=0
   for each in $rows; do
     row "$each"
     case $ours in
       *" $pid "*)
         count=$((count + 1))
+        case $parent in 0) main=1 ;; esac
         case $signal in 0) continue ;; KILL)
           # The whole group in one go: what forks meanwhile is hit too.
           case $sessions in *" $session "*) kill -KILL "-$group" 2>/dev/null ;; esac ;;
@@ -138,11 +139,13 @@ while read -r signal known; do
   done
   for pid in $strangers; do
     case $ours in *" $pid "*) continue ;; esac
+    stat "$pid" || continue
+    case $state$threads in [ZX][01]) continue ;; esac
     listed=$((listed + 1))
     [ "$listed" -le 100 ] || break
     tell "$pid"
   done
-  echo "found $count $denied$seen"
+  echo "found $count $denied $main$seen"
 done
 """.strip()
 
@@ -157,6 +160,7 @@ class Found(msgspec.Struct):
     Args:
         count: processes of the exec that run.
         denied: how many of them may not be signalled.
+        main: the process that the engine started is among them.
         sessions: theirs.
         others: the users of younger processes that may not be read, by process.
         roots: the sessions of processes that came from outside, as the exec's own did, by process.
@@ -164,6 +168,7 @@ class Found(msgspec.Struct):
 
     count: int = 0
     denied: int = 0
+    main: bool = False
     sessions: set[int] = msgspec.field(default_factory=set)
     others: dict[int, str] = msgspec.field(default_factory=dict)
     roots: dict[int, int] = msgspec.field(default_factory=dict)
@@ -181,6 +186,8 @@ class Looks:
     def __init__(self, calls: Calls, container: str, arguments: Callable[[], list[str]]) -> None:
         self.sessions: set[int] = set()
         """Known to be the exec's: of the last look and the one before, as a number may come to be another's."""
+        self.found_main = False
+        """The process that the engine started has been found."""
         self.execs: set[str] = set()
         """Those of the shells."""
         self._calls = calls
@@ -188,7 +195,8 @@ class Looks:
         self._arguments = arguments
         self._shells: list[_Shell] = []
         self._users: set[str] = set()
-        self._others: dict[int, str] = {}
+        self._others: Set[int] = set()
+        self._unknown: Set[int] = set()
         self._seen: set[int] = set()
 
     def __enter__(self) -> "Looks":
@@ -229,14 +237,16 @@ class Looks:
         for shell in self._shells:
             found.roots.pop(shell.pid, None)
         self.sessions, self._seen = found.sessions | self._seen, found.sessions
-        self._others = found.others
+        self.found_main |= found.main
+        self._unknown = found.others.keys() & self._others
+        self._others = found.others.keys()
         if len(self.sessions) > MAX_SESSIONS:
             raise RunnerError("exec_failed", f"they are of more than {MAX_SESSIONS} sessions")
         return found
 
     def unknown(self) -> str:
-        """What nobody may look into, in words; empty if there is nothing."""
-        return f"{len(self._others)} processes as young as it may not be looked into" if self._others else ""
+        """What nobody may look into, twice in a row (once: it was ending), in words; empty if there is nothing."""
+        return f"{len(self._unknown)} processes as young as it may not be looked into" if self._unknown else ""
 
     async def _start_first(self) -> None:
         """Start the shell that all depends on: where processes are as many as may be, not every try succeeds."""
@@ -268,6 +278,7 @@ def _merged(one: Found, other: Found) -> Found:
     return Found(
         count=max(one.count, other.count),
         denied=min(one.denied, other.denied),
+        main=one.main or other.main,
         sessions=one.sessions | other.sessions,
         others={pid: user for pid, user in one.others.items() if pid in other.others},
         roots={pid: session for pid, session in one.roots.items() if pid in other.roots},
@@ -326,7 +337,8 @@ class _Shell:
                 found.roots[int(root[1])] = int(root[2])
             elif end := _FOUND.fullmatch(line):
                 found.count, found.denied = int(end[1]), int(end[2])
-                found.sessions = set(map(int, end[3].split()))
+                found.main = end[3] == "1"
+                found.sessions = set(map(int, end[4].split()))
                 return found
             else:
                 raise self._failure(line)
@@ -350,4 +362,4 @@ class _Shell:
 _READY = re.compile(r"ready ([0-9]{1,9}) ([0-9]{1,10}:[0-9]{1,10})")
 _OTHER = re.compile(r"other ([0-9]{1,9}) ([0-9]{1,10}:[0-9]{1,10})")
 _ROOT = re.compile(r"root ([0-9]{1,9}) ([0-9]{1,9})")
-_FOUND = re.compile(r"found ([0-9]{1,9}) ([0-9]{1,9}) ((?:[0-9]{1,9} )*)")
+_FOUND = re.compile(r"found ([0-9]{1,9}) ([0-9]{1,9}) ([01]) ((?:[0-9]{1,9} )*)")

@@ -2,8 +2,8 @@
 
 The engine can start a process in a container and has no call that ends it. So an exec that may have to be ended bears a
 mark, a random variable in its environment, which whatever it starts inherits. To end it, shells in the container look
-for the mark (`process_look.py`): SIGTERM, a short grace, then SIGKILL until two looks in a row find none, and the
-engine agrees. Where that cannot be shown, the reason is told.
+for the mark (`process_look.py`): SIGTERM, a short grace, then SIGKILL until two looks in a row find none. Where it
+cannot be shown that nothing is left, the reason is told.
 
 What has lost the mark, has left the exec's sessions *and* has been orphaned before the look cannot be told from the
 container's own processes.
@@ -25,9 +25,8 @@ from process_look import PAUSE_S, Looks
 
 LIMIT_S = 3.5
 """Seconds to end an exec: callers give up 5 s after their time limit, and are told before."""
-SETTLE_S = (0.5, 1.5)
-"""Seconds for the engine to note that the exec has ended, once nothing of it is found: before what else it could be is
-looked at, and after."""
+SETTLE_S = 0.5
+"""Seconds in which the engine must have noted that the exec has ended, where only the engine can tell."""
 MAX_EXECS = 100
 """Execs of a container that are asked for one by one."""
 TICKS = 100
@@ -116,8 +115,8 @@ class Tree:
         try:
             with Looks(self._calls, container, self._arguments) as looks:
                 await looks.end_all()
-                soon, late = SETTLE_S
-                if await self._has_ended(soon) or await self._adopt(container, looks) or await self._has_ended(late):
+                # What was found and is no more has ended; the engine may take 2 s to note it.
+                if looks.found_main or await self._has_ended() or await self._adopt(container, looks):
                     return looks.unknown()
         except RunnerError as error:
             # A container that runs no more has no processes.
@@ -139,11 +138,11 @@ class Tree:
                 return None
             raise
 
-    async def _has_ended(self, limit_s: float) -> bool:
-        """Whether the engine agrees, within a while."""
+    async def _has_ended(self) -> bool:
+        """Whether the engine says so, within a while."""
         pause_s, longest_s = PAUSE_S
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(SETTLE_S):
                 while (state := await self._state(self._exec)) is not None and state.running:
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, longest_s)
@@ -165,7 +164,7 @@ class Tree:
             return False
         looks.sessions |= sessions
         await looks.end_all()
-        return await self._has_ended(SETTLE_S[0])
+        return await self._has_ended()
 
     async def _alone(self, container: str, looks: Looks) -> bool:
         """Whether it is the only exec that runs in the container, beside those that look."""

@@ -34,6 +34,11 @@ MARK = "DR_EXEC"
 OTHER = "adduser -D -H -u 1234 other 2>/dev/null || echo other:x:1234:1234::/:/bin/sh >>/etc/passwd; "
 
 
+SU = "/bin/busybox-su"
+SETUID = f"cp /bin/busybox {SU}; chmod 4755 {SU}; mkdir -p /etc; echo root::0:0::/:/bin/sh >/etc/passwd"
+"""Makes a program that becomes root; and what it then no longer needs to be, its environment stays closed to all."""
+
+
 class Box:
     """A container of a test's own; `running` is what runs in it, beside its first process."""
 
@@ -55,6 +60,13 @@ class Box:
         """The shells that look have ended too."""
         answer = self._direct.request("GET", f"/containers/{self.name}/top?ps_args=-eo+pid,stat,args").json()
         return len([fields for fields in answer["Processes"] if not fields[1].startswith("Z")]) == 1
+
+    def exec(self, command: str, user: str = "0") -> None:
+        """Run something in it that is no exec of the runner's; returns at once if it ends with `&`."""
+        config = {"Cmd": ["sh", "-c", command], "User": user, "AttachStdout": True}
+        made = self._direct.request("POST", f"/containers/{self.name}/exec", json=config).json()["Id"]
+        start = {"Detach": command.endswith("&")}
+        assert self._direct.request("POST", f"/exec/{made}/start", json=start).status_code == 200
 
     def do(self, action: str) -> None:
         """Have the engine do something to it."""
@@ -150,25 +162,11 @@ class TestFound:
         assert error(run(runner, box, "trap '' TERM; (setsid sleep 60 &); env -i sleep 61", timeoutMs=500))[1] == ""
         assert box.running == []
 
-    def test_a_process_that_became_root(self, runner: Runner, make: Make, direct: EngineDirect) -> None:
+    def test_a_process_that_became_root(self, runner: Runner, make: Make) -> None:
         box = make(User="1234:1234")
-        made = direct.request(
-            "POST",
-            f"/containers/{box.name}/exec",
-            json={
-                "Cmd": [
-                    "sh",
-                    "-c",
-                    "cp /bin/busybox /bin/busybox-su; chmod 4755 /bin/busybox-su; mkdir -p /etc; "
-                    "echo root::0:0::/:/bin/sh >/etc/passwd",
-                ],
-                "User": "0",
-            },
-        ).json()
-        assert direct.request("POST", f"/exec/{made['Id']}/start", json={"Detach": False}).status_code == 200
-        answer = run(
-            runner, box, "/bin/busybox-su su root -c 'id -u; setsid sleep 60 & sleep 61'; sleep 62", timeoutMs=700
-        )
+        box.exec(SETUID)
+        command = f"{SU} su root -c 'id -u; setsid sleep 60 & sleep 61'; sleep 62"
+        answer = run(runner, box, command, timeoutMs=700)
         assert json.loads(answer.body)["error"]["details"]["stdout"] == "0\n"
         assert error(answer)[1] == ""
         assert box.running == []
@@ -197,9 +195,7 @@ class TestFound:
 
 class TestSpared:
     def test_another_exec_and_the_container(self, runner: Runner, box: Box, direct: EngineDirect) -> None:
-        body = {"Cmd": ["env", "-i", "sleep", "90"]}
-        made = direct.request("POST", f"/containers/{box.name}/exec", json=body).json()["Id"]
-        assert direct.request("POST", f"/exec/{made}/start", json={"Detach": True}).status_code == 200
+        box.exec("exec env -i sleep 90 &")
         with ThreadPoolExecutor(2) as pool:
             other = pool.submit(run, runner, box, "(setsid sleep 91 &); touch /begun; sleep 3; exit 7")
             assert wait_until(lambda: {"sleep 90", "sleep 91", "sleep 3"} <= set(box.running), 10)
@@ -286,6 +282,16 @@ class TestTold:
         assert direct.request("POST", f"/exec/{made}/start", json={"Detach": True}).status_code == 200
         assert "cannot be told" in error(run(runner, box, ["env", "-i", "sleep", "60"], timeoutMs=300))[1]
         assert box.running == ["sleep 90", "sleep 60"]
+
+    def test_a_process_that_nobody_may_look_into(self, runner: Runner, make: Make) -> None:
+        box = make(User="1234:1234")
+        box.exec(SETUID)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run, runner, box, "sleep 60", timeoutMs=1500)
+            assert wait_until(lambda: "sleep 60" in box.running, 10)
+            box.exec(f"{SU} sleep 90; true &", user="1234")
+            assert error(running.result())[1] == "1 processes as young as it may not be looked into"
+        assert not any("sleep 60" in line for line in box.running)
 
     def test_a_container_that_is_gone_has_nothing_that_runs(self, runner: Runner, box: Box) -> None:
         with ThreadPoolExecutor(1) as pool:
@@ -457,5 +463,5 @@ def test_the_shells_of_common_images_look_alike(shell: list[str]) -> None:
     assert tree.wait(5) == -signal.SIGTERM
     tree.stdout.close()
     found = [line.split() for line in looking.stdout.splitlines() if line.startswith("found")]
-    assert [line[1:3] for line in found] == [["4", "0"], ["4", "0"]], looking
-    assert len(found[0]) == 3 + 3
+    assert [line[1:4] for line in found] == [["4", "0", "0"], ["4", "0", "0"]], looking
+    assert len(found[0]) == 4 + 3
