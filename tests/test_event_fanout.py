@@ -16,7 +16,7 @@ from listening import Listener, events_of
 
 import event_hub
 from audit import Audit
-from calls import Calls
+from calls import Calls, Endings
 from comparison import Containers
 from conftest import EngineDirect, Names
 from dev import wait_until
@@ -318,7 +318,7 @@ def test_an_engine_that_stays_away_is_the_end_in_the_end(monkeypatch: pytest.Mon
         operation = next(operation for _, path, _, _, operation in ROUTES if path == "/v1/events/sse")
         policies = Policies(PRESETS["everything"])
         expiry = Expiry(client, Audit("off"), lambda: policies, instance="x", interval_s=60, clock=time.monotonic)
-        calls = Calls(client, operation, set(), policies.default, Scopes(client), expiry, Flights(client))
+        calls = Calls(client, operation, set(), policies.default, Scopes(client), expiry, Flights(client), Endings())
         subscriber = Subscriber(_Nowhere(), 1000)
         stream = await EventHub(60, lambda events, since_ns: None).subscribe(calls, "{}", Wish(), subscriber)
         sent: list[bytes] = []
