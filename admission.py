@@ -142,11 +142,14 @@ class Authentication:
         connection: Connection = scope["docker_runner"]
         task = asyncio.current_task()
         assert task is not None
-        if connection.disconnected:
-            return  # Refused by the server before this task began.
+        request: Request | None = scope.get("docker_runner.request")  # There, if the short way has verified it.
+        if connection.disconnected:  # Refused by the server, or left, before this task began.
+            if request is not None:
+                self.ended(request, None)
+            return
         connection.on_disconnect(task.cancel)
         current_request.set(connection.request_id)
-        request: Request = scope.get("docker_runner.request") or Request(self, scope, receive, connection)
+        request = request or Request(self, scope, receive, connection)
         told: RunnerError | None = None
         try:
             if not request.admitted:

@@ -105,4 +105,5 @@ class _Exchange:
         """The caller has gone."""
         self._answer.on_change = None
         self._answer.close()
+        self._cycle.scope.pop("docker_runner.request")  # A task that was to go on with it finds nothing to end.
         self._authentication.ended(self._request, None)
