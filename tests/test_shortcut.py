@@ -205,5 +205,5 @@ def _wait_until_refused(runner: Runner) -> None:
     while True:
         try:
             socket.create_connection(("127.0.0.1", runner.port), timeout=10).close()
-        except ConnectionRefusedError:
+        except ConnectionError:
             return
