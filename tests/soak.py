@@ -9,6 +9,7 @@ printed, and the exit status is 1. The seed is printed too, though what happens 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -39,6 +40,8 @@ MOST_MORE_MEMORY = 32 * MIB
 """Between a quarter of the time and the end."""
 AROUND_S = 2.0
 """Before the engine went, and after it came, in which an event may be lost: the engine itself forgets."""
+GAP_S = 10.0
+"""How far from an outage a gap may be told."""
 
 Event = tuple[int, str, str]
 """Its time in ns, what happened, the id of what it happened to."""
@@ -73,15 +76,18 @@ class Watcher(threading.Thread):
     def __init__(self, follow: Callable[["Watcher"], None], ended: threading.Event) -> None:
         super().__init__(daemon=True)
         self._follow = follow
-        self._ended = ended
+        self.ended = ended
         self.seen: Counter[Event] = Counter()
+        self.is_open = threading.Event()
+        self.gaps: list[float] = []
+        """When it was told that some may be missing."""
 
     def run(self) -> None:
-        while not self._ended.is_set():
+        while not self.ended.is_set():
             try:
                 self._follow(self)
             except (OSError, RunnerClientError):
-                self._ended.wait(0.05)
+                self.ended.wait(0.05)
 
     def take(self, event: dict[str, object]) -> None:
         actor = event["Actor"]
@@ -98,6 +104,7 @@ def by_engine(engine: PrivateEngine) -> Callable[[Watcher], None]:
         response = EngineDirect(engine.socket).request(
             "GET", "/events", params={"filters": filters}, stream=True, timeout=(5, 3600)
         )
+        watcher.is_open.set()
         for line in response.iter_lines(chunk_size=None):
             watcher.take(json.loads(line))
 
@@ -108,8 +115,14 @@ def by_runner(runner: Runner) -> Callable[[Watcher], None]:
     """The runner's."""
 
     def follow(watcher: Watcher) -> None:
-        for event in RunnerClient(runner.url, runner.secret).events(tries=0):
-            watcher.take(event)
+        client = RunnerClient(runner.url, runner.secret)
+        events = client.events(tries=100, on_gap=lambda _: watcher.gaps.append(time.time()))
+        watcher.is_open.set()
+        with contextlib.closing(events):
+            for event in events:
+                watcher.take(event)
+                if watcher.ended.is_set():
+                    return
 
     return follow
 
@@ -127,6 +140,7 @@ class Soak:
         self._ended = threading.Event()
         self._over = threading.Event()
         self._outages: list[tuple[float, float]] = []
+        self._began = 0.0
         self.ledger = Ledger()
         self._callers = [Caller(runner, IMAGE, self.ledger, seed + number, self._ended) for number in range(CALLERS)]
         self._told = Watcher(by_runner(runner), self._over)
@@ -139,7 +153,10 @@ class Soak:
         began = time.monotonic()
         self._truth.start()
         self._told.start()
-        self._outages.append((0, time.time()))  # Before both were there.
+        # Both are there: from here on nothing may be missed in silence.
+        assert wait_until(lambda: bool(self._told.is_open.is_set() and self._truth.is_open.is_set()), 20)
+        self._began = time.time()
+        self._outages.append((0, self._began))
         for caller in self._callers:
             caller.start()
         memory = 0
@@ -219,17 +236,30 @@ class Soak:
 
         wait_until(lambda: sure(self._told.seen) == sure(self._truth.seen), 5)
         told, truth = sure(self._told.seen), sure(self._truth.seen)
-        print(f"events: {sum(truth.values())} sure, {self._truth.seen.total()} in all")
+        print(
+            f"events: {sum(truth.values())} sure, {self._truth.seen.total()} in all, {len(self._told.gaps)} gaps told"
+        )
         self._check("events lost", [str(event) for event in truth - told])
         self._check("events told twice, or made up", [str(event) for event in told - truth])
+        self._check("events told twice", [str(event) for event, count in dict(self._told.seen).items() if count > 1])
+        self._check("gaps with the engine there", [str(at) for at in self._told.gaps if not self._away(at, GAP_S)])
+        silent = [
+            event
+            for event in self._truth.seen - self._told.seen
+            if not any(abs(at - event[0] / 1e9) < GAP_S for at in self._told.gaps)
+        ]
+        self._check("events lost, and no gap told", [str(event) for event in silent if event[0] / 1e9 > self._began])
 
     def _check_runner(self, before: tuple[int, int, int, int], memory: int) -> None:
         """It is as in the beginning; the engine is restarted once more, so that no kept connection is left."""
         self._over.set()
-        self._restart()
         runner = self._runner
-        for thread in (self._told, self._truth):
-            thread.join(10)
+        made = self._direct.request("POST", "/containers/create", json={"Image": IMAGE}).json()["Id"]
+        self._direct.request("DELETE", f"/containers/{made}")  # Events, by which the watchers see that it is over.
+        self._told.join(10)
+        self._restart()
+        self._truth.join(10)
+        self._check("a watcher hangs", [each.name for each in (self._told, self._truth) if each.is_alive()])
         now = (0, 0, 0, 0)
 
         def settled() -> bool:
