@@ -53,7 +53,8 @@ class Box:
         assert answer.status_code == 200, answer.text
         found = [fields[-1] for fields in answer.json()["Processes"] if not fields[1].startswith("Z")]
         # In brackets: it has just let go of its memory, and is as good as gone.
-        return [line for line in found if line != FIRST and line[0] != "[" and "docker-runner " + MARK not in line]
+        own = ("/bin/sh -c while IFS= read -r line", "docker-runner " + MARK)  # Its command has two lines: two rows.
+        return [line for line in found if line != FIRST and line[0] != "[" and not any(part in line for part in own)]
 
     @property
     def all_gone(self) -> bool:
