@@ -17,7 +17,7 @@ from bridged import Bridge
 from comparison import Containers
 from conftest import LABEL, EngineDirect, Names
 from dev.engine import Engine
-from service import ROOT
+from documents import TEXTS
 from twice import SHOWN, TWIN, Ran, Side, Twice, addresses, clis, counts, logged, numbers, order, through, times, twice
 
 # Imported, so that what they declare is known to the last test.
@@ -310,9 +310,8 @@ class TestPrunes:
         assert b"deleted: sha256:" in docker("image", *prune).out
 
 
-def test_the_readmes_table_names_the_commands_that_are_run_here() -> None:
-    readme = (ROOT / "README.md").read_text()
-    found = re.search(r"<!-- works:[^>]*-->\n(.*?)\n?<!-- /works -->", readme, re.DOTALL)
+def test_the_pages_table_names_the_commands_that_are_run_here() -> None:
+    found = re.search(r"<!-- works:[^>]*-->\n(.*?)\n?<!-- /works -->", TEXTS["docs/bridge.md"], re.DOTALL)
     assert found is not None
     rows = [line for line in found[1].splitlines() if line.startswith("| docker CLI")]
     named = [command for line in rows for command in re.findall(r"`([^`]+)`", line)]

@@ -4,7 +4,6 @@ import ast
 import base64
 import io
 import json
-import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,7 @@ import pytest
 
 from client import RunnerClient, RunnerClientError, log_items
 from conftest import EngineDirect, Names
+from documents import example
 from service import ROOT, Runner
 
 
@@ -397,13 +397,14 @@ def test_an_upload_of_200_mb_takes_constant_memory(runner: Runner, start: Callab
     assert client.remove(box, force=True) == 204
 
 
-def test_the_readmes_example_runs_as_it_stands(tmp_path: Path, runner: Runner, image: str, names: Names) -> None:
-    found = re.search(r"## Embedding the client\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found is not None
+@example("docs/client.md", "from client import")
+def test_the_documented_example_runs_as_it_stands(
+    script: str, tmp_path: Path, runner: Runner, image: str, names: Names
+) -> None:
     (tmp_path / "client.py").write_bytes((ROOT / "client.py").read_bytes())
     (tmp_path / ".dev").mkdir()
     (tmp_path / ".dev/secret").write_text(runner.secret + "\n")
-    program = found[1].replace(":7071", f":{runner.port}").replace("docker-runner/busybox", image)
+    program = script.replace(":7071", f":{runner.port}").replace("docker-runner/busybox", image)
     (tmp_path / "example.py").write_text(program.replace("cmd=", f"labels={names.labels!r}, cmd="))
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
     expected = "ready\nhello\nstdout b'typed\\n' None\n504 exec_timeout\n204\n"

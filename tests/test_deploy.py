@@ -31,6 +31,7 @@ from client import __version__
 from conftest import EngineDirect, Names, free_port, tied
 from dev import find_program, wait_until
 from dev.engine import Engine
+from documents import block, example
 from imaged import Docker, base, secret_file
 from packed import Program, environment, one_file, run
 from service import ROOT, SECRET, Runner
@@ -482,15 +483,13 @@ def test_the_users_units_command_bridges(runner: Runner, tmp_path: Path, short_f
 
 # docs/deploy.md: every block of commands runs as it stands, but for names that are this machine's.
 
-PAGE = (ROOT / "docs/deploy.md").read_text()
-BLOCKS: list[str] = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+PAGE = "docs/deploy.md"
 DOCUMENTED_FILE = "docker-runner-cp311-linux_x86_64.pyz"
+SERVE, DOCKER_RUN, COMPOSE = (block(PAGE, mark) for mark in ("pyz serve", "docker run", "docker-compose"))
 
 
-def block(mark: str) -> str:
-    """The one block of the page that holds the mark."""
-    (found,) = (each for each in BLOCKS if mark in each)
-    return found.replace(DOCUMENTED_FILE, one_file().name)
+def of_this_python(script: str) -> str:
+    return script.replace(DOCUMENTED_FILE, one_file().name)
 
 
 def shell(script: str, settings: dict[str, str], cwd: Path) -> str:
@@ -505,45 +504,36 @@ def shell(script: str, settings: dict[str, str], cwd: Path) -> str:
     return said
 
 
-def test_every_block_is_run() -> None:
-    marks = ("make dist", "pyz check", "pyz serve", "useradd", "docker build", "docker run", "docker-compose")
-    assert sorted(block(mark) for mark in marks) == sorted(
-        each.replace(DOCUMENTED_FILE, one_file().name) for each in BLOCKS
-    )
+@example(PAGE, "make dist")
+def test_make_dist_as_documented(script: str, tmp_path: Path) -> None:
+    assert one_file().name in shell(f"cd {ROOT} && {script}", {}, tmp_path)
 
 
-def test_the_page_links_to_what_is_there() -> None:
-    for link in re.findall(r"\]\(([^)#]+)", PAGE):
-        assert (ROOT / "docs" / link).exists(), link
-
-
-def test_make_dist_as_documented(tmp_path: Path) -> None:
-    assert one_file().name in shell(f"cd {ROOT} && {block('make dist')}", {}, tmp_path)
-
-
-def test_the_file_as_documented(engine: Engine, tmp_path: Path) -> None:
+@example(PAGE, "pyz check")
+def test_the_file_as_documented(script: str, engine: Engine, tmp_path: Path) -> None:
     (tmp_path / one_file().name).symlink_to(one_file())
     settings = {"DOCKER_SOCKET": engine.socket, "DOCKER_RUNNER_PORT": "0"}
-    checked = block("pyz check")
+    checked = of_this_python(script)
     said = shell(checked, settings, tmp_path)
     assert "ok    engine: version" in said
     assert "FAIL" not in said
     exports = next(line for line in checked.splitlines() if line.startswith("export"))
-    served = ["bash", "-c", f"{exports}\nexec env {block('pyz serve')}"]
+    served = ["bash", "-c", f"{exports}\nexec env {of_this_python(SERVE)}"]
     given = {**settings, "DOCKER_RUNNER_SHARED_SECRET": "", "PATH": f"{tmp_path}/programs:{os.environ['PATH']}"}
     with Program(served, r"listens on (http://127\.0\.0\.1:\d+)", given, cwd=tmp_path) as running:
         secret = (tmp_path / "secret").read_text().strip()
         assert Wire(running.found[1], secret).request("GET", "/_ping").body == b"OK"
 
 
-def test_the_service_as_documented(tmp_path: Path) -> None:
+@example(PAGE, "useradd")
+def test_the_service_as_documented(script: str, tmp_path: Path) -> None:
     """In another root folder; users and services are left alone, their commands noted."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("useradd", "systemctl"):
         (programs / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
         (programs / name).chmod(0o755)
-    script = replaced(block("useradd"), ("/opt/", f"{tmp_path}/opt/"), ("/etc/", f"{tmp_path}/etc/"))
+    script = replaced(of_this_python(script), ("/opt/", f"{tmp_path}/opt/"), ("/etc/", f"{tmp_path}/etc/"))
     script = replaced(script, ("-o docker-runner", f"-o {os.geteuid()}"), ("dist/", f"{ROOT}/dist/"))
     said = shell(script.replace(" deploy/", f" {ROOT}/deploy/"), {}, tmp_path)
     assert said.splitlines()[-2:] == ["systemctl daemon-reload", "systemctl enable --now docker-runner"]
@@ -554,7 +544,10 @@ def test_the_service_as_documented(tmp_path: Path) -> None:
     assert (tmp_path / "etc/docker-runner/secret").stat().st_mode & 0o777 == 0o400
 
 
-def test_the_image_as_documented(docker: Docker, direct: EngineDirect, names: Names, tmp_path: Path) -> None:
+@example(PAGE, "docker build")
+def test_the_image_as_documented(
+    script: str, docker: Docker, direct: EngineDirect, names: Names, tmp_path: Path
+) -> None:
     """Built, run, and composed; on this engine under names of this session, on a port and a network of its own."""
     tag, name, network, port = names("image"), names(), names("net"), free_port()
     (tmp_path / "deploy").mkdir()
@@ -569,21 +562,21 @@ def test_the_image_as_documented(docker: Docker, direct: EngineDirect, names: Na
         ("-o 65532", f"-o {owner}"),
     ]
     built = replaced(
-        block("docker build"),
+        of_this_python(script),
         ("--tag docker-runner", f"--tag {tag} --network none"),
         ("python:3.11-slim", base(direct, names)),
     )
     settings = {"DOCKER_HOST": f"unix://{docker.socket}", "DOCKER_BUILDKIT": "0"}
     shell(f"cd {ROOT}\n{built}", settings, tmp_path)
     try:
-        shell(replaced(block("docker run"), *ours), settings, tmp_path)
+        shell(replaced(DOCKER_RUN, *ours), settings, tmp_path)
         secret = (tmp_path / "deploy/secret").read_text().strip()
         wire = Wire(f"http://127.0.0.1:{port}", secret)
         assert wait_until(lambda: listens(port) and answers(wire), 30), docker("logs", name)
         assert wire.request("GET", "/_ping").body == b"OK"
         project = names("compose")
         composed = replaced(
-            block("docker-compose"),
+            COMPOSE,
             ("-p docker-runner", f"-p {project}"),
             ("deploy/compose", f"{DEPLOY}/compose"),
             ("%g /var/run/docker.sock", f"%g {docker.socket}"),

@@ -1,83 +1,91 @@
-"""The README against the code: its tables, and its commands run as they stand."""
+"""The documents against the code: what is made from it, links, and that every example is run by some test."""
 
-import contextlib
+import importlib
 import json
-import os
 import re
+import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
+import tomllib
+from collections import Counter
 from pathlib import Path
 
-import msgspec
 import pytest
 
 import errors
-import operations as engine_operations
 import settings
 import workloads
-from conftest import EngineDirect, Names
-from dev import wait_until
-from service import ROOT, SECRET, Runner
+from client import __version__
+from dev.tables import TABLES, anchor, cells, rewritten
+from documents import BLOCKS, HAD, TEXTS, block, example
+from errors import RunnerError
+from service import ROOT
 
-README = (ROOT / "README.md").read_text()
+every_page = pytest.mark.parametrize("page", TEXTS)
 
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    head, *body = rows
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
-
-
-def operations() -> str:
-    rows = [(f"`{o.id}`", f"`{o.method} {o.template}`") for o in engine_operations.OPERATIONS]
-    half = (len(rows) + 1) // 2
-    padded = [*rows, ("", "")] if len(rows) % 2 else rows
-    pairs = [(*padded[number], *padded[number + half]) for number in range(half)]
-    return table([("operation", "request", "operation", "request"), *pairs])
+NOT_RUN = {
+    ("README.md", "make run    #"): "these two are what runs here: `.ci/run`, and dev/ is tested by test_setup.py",
+    ("docs/design.md", "caller ──"): "a drawing",
+}
+"""Blocks that no test has, with the reason."""
 
 
-def routes() -> str:
-    rows = [("request", "parameters", "what it does")]
-    for method, path, struct, handler, _ in workloads.ROUTES:
-        asked = workloads.Interactive if path == workloads.INTERACTIVE else struct
-        fields = [field.encode_name + ("" if field.required else "?") for field in msgspec.structs.fields(asked)]
-        assert handler.__doc__ is not None
-        rows.append((f"`{method} {path}`", f"`{', '.join(fields)}`", handler.__doc__))
-    return table(rows)
+# What the code knows.
 
 
-def error_codes() -> str:
-    rows = [
-        (f"`{name}`", str(code.status or "engine's"), "yes" if code.retryable else "", code.meaning)
-        for name, code in errors.CODES.items()
-    ]
-    return table([("code", "status", "retryable", "meaning"), *rows])
+@every_page
+def test_what_a_document_takes_from_the_code_is_the_codes(page: str) -> None:
+    assert TEXTS[page] == rewritten(TEXTS[page]), "write it anew: .venv/bin/python -m dev.tables"
 
 
-def variables() -> str:
-    keys = [(f"`{name}`", "", meaning) for name, meaning in settings.KEY_VARIABLES.items()]
-    rows = [
-        (f"`{name}`", f"`{variable.default}`" if variable.default else "", variable.meaning)
-        for name, variable in settings.VARIABLES.items()
-    ]
-    return table([("variable", "default", "meaning"), *keys, *rows])
+@example("docs/design.md", "dev.tables")
+def test_the_documented_command_writes_it_anew(script: str, tmp_path: Path) -> None:
+    """In a copy of the documents, where something is missing."""
+    for path in ROOT.iterdir():
+        if path.name in ("dev", "docs"):
+            shutil.copytree(path, tmp_path / path.name)
+        elif not path.name.startswith(".") or path.name == ".venv":
+            (tmp_path / path.name).symlink_to(path)
+    page = tmp_path / "docs/bridge.md"
+    page.write_text(re.sub(r"^\| aiodocker \|.*\n", "", page.read_text(), flags=re.MULTILINE))
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("written: docs/bridge.md\n", "")
+    assert page.read_text() == TEXTS["docs/bridge.md"]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("operations", operations()), ("routes", routes()), ("errors", error_codes()), ("settings", variables())],
-)
-def test_the_readmes_table_is_the_codes(name: str, expected: str) -> None:
-    found = re.search(rf"<!-- {name}:[^>]*-->\n(.*?)\n?<!-- /{name} -->", README, re.DOTALL)
-    assert found is not None
-    assert found[1] == expected
+def test_every_table_stands_in_one_document() -> None:
+    found = Counter(re.findall(r"<!-- (\w+):", "".join(TEXTS.values())))
+    assert {name: found[name] for name in TABLES} == dict.fromkeys(TABLES, 1)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_people_write_in_a_table_is_written(name: str) -> None:
+    head, *rows = TABLES[name]()
+    text = next(text for text in TEXTS.values() if f"<!-- {name}:" in text)
+    written = text.partition(f"<!-- {name}:")[2].partition(f"<!-- /{name} -->")[0].splitlines()[3:]
+    for row, line in zip(rows, written, strict=True):
+        assert len(cells(line)) == len(head)
+        assert all(cells(line)[len(row) :]), line
+
+
+def test_every_error_code_has_its_section_in_order() -> None:
+    sections = re.findall(
+        r"^### `(\w+)`\n\n(.*?)(?=^##|\Z)", TEXTS["docs/troubleshooting.md"], re.DOTALL | re.MULTILINE
+    )
+    assert [code for code, _ in sections] == list(errors.CODES)
+    for code, text in sections:
+        assert re.search(r"\*\*Cause\*\*.*\*\*[Dd]o\*\*", text, re.DOTALL), code
 
 
 def test_every_variable_that_the_code_reads_is_in_a_table() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
     read = set(re.findall(r"\"(DOCKER_[A-Z_]+)\"", sources))
     assert read == set(settings.VARIABLES) | set(settings.KEY_VARIABLES)
+
+
+def test_every_variable_that_a_document_names_is_one() -> None:
+    named = set(re.findall(r"\bDOCKER_RUNNER_\w*[A-Z]\b", "".join(TEXTS.values())))
+    others = {"DOCKER_RUNNER_KEY"}  # Of the examples in other languages.
+    assert named <= set(settings.VARIABLES) | set(settings.KEY_VARIABLES) | others
 
 
 def test_every_error_code_is_used_and_every_used_one_is_in_the_table() -> None:
@@ -90,8 +98,17 @@ def test_every_error_code_is_used_and_every_used_one_is_in_the_table() -> None:
     assert used | by_cause | fallbacks | kinds | timed_out == set(errors.CODES)
 
 
+SHAPE = block("docs/wire.md", '"retryable": false}}')
+
+
+def test_the_shape_of_errors_is_the_documented_one() -> None:
+    shape, told = (json.loads(text) for text in (SHAPE, RunnerError("not_found", "no").body()))
+    assert (list(shape), list(shape["error"])) == (list(told), list(told["error"]))
+    assert SHAPE.strip() in TEXTS["README.md"]
+
+
 def test_the_map_names_every_file_in_an_order_that_the_imports_keep() -> None:
-    house = re.findall(r"^\| \[(\w+)\.py\]", README, re.MULTILINE)
+    house = re.findall(r"^\| \[(\w+)\.py\]\(\.\./\1\.py\)", TEXTS["docs/design.md"], re.MULTILINE)
     assert sorted(house) == sorted(path.stem for path in ROOT.glob("*.py"))
     for place, name in enumerate(house):
         source = (ROOT / f"{name}.py").read_text()
@@ -102,109 +119,53 @@ def test_the_map_names_every_file_in_an_order_that_the_imports_keep() -> None:
         assert not below, f"{name}.py imports {below}"
 
 
-def shell_blocks() -> list[str]:
-    return re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+def test_the_version_stands_in_one_place() -> None:
+    """`client.py` is copied alone, so it is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "client.__version__"}
+    versions = re.findall(r"^## \[([^]]+)\]", TEXTS["CHANGELOG.md"], re.MULTILINE)
+    assert next(version for version in versions if version != "Unreleased") == __version__
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, runner: Runner) -> Path:
-    """A folder such as a checkout after `make run`, in front of the running runner."""
-    (tmp_path / ".dev").mkdir()
-    (tmp_path / ".dev/secret").write_text(SECRET + "\n")
-    (tmp_path / ".dev/secret").chmod(0o600)
-    (tmp_path / ".env").write_text(
-        f"DOCKER_RUNNER_SHARED_SECRET_FILE={tmp_path}/.dev/secret\n"
-        f"DOCKER_RUNNER_PORT={runner.port}\nDOCKER_SOCKET={runner.engine_socket}\n"
-    )
-    return tmp_path
+# The documents themselves.
 
 
-def run_in(folder: Path, script: str, runner: Runner) -> str:
-    """A documented script, as a person in `folder` runs it; the documented port becomes the running one's."""
-    kept = {k: v for k, v in runner.environ.items() if not k.startswith("DOCKER_")}
-    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script.replace(":7071", f":{runner.port}")],
-        cwd=folder,
-        env={**kept, "PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_the_readme_is_two_screens() -> None:
+    assert TEXTS["README.md"].count("\n") <= 120
 
 
-def test_the_recipe_by_hand_works_as_it_stands(checkout: Path, runner: Runner) -> None:
-    recipe = next(block for block in shell_blocks() if block.startswith("secret="))
-    assert '"ApiVersion"' in run_in(checkout, recipe, runner)
+@every_page
+def test_links_lead_somewhere(page: str) -> None:
+    prose = re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
+        if "://" in link:
+            continue
+        path, _, heading = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert [anchor(each) for each in headings].count(heading) == 1, link
 
 
-@pytest.mark.parametrize(
-    ("begins", "expected"),
-    [
-        ("docker-runner check", "ok    engine: version"),
-        ("docker-runner curl", "["),
-        ("curl -s $(docker-runner sign", '"ApiVersion"'),
-        ("docker-runner sign POST", "openssl dgst -sha256 -hmac"),
-    ],
-)
-def test_the_documented_commands_work_as_they_stand(checkout: Path, runner: Runner, begins: str, expected: str) -> None:
-    line = next(line for block in shell_blocks() for line in block.splitlines() if line.startswith(begins))
-    assert expected in run_in(checkout, line, runner)
+@pytest.mark.parametrize("page", [page for page in TEXTS if page.startswith("docs/") or page != "README.md"])
+def test_every_document_is_reached_from_the_readme(page: str) -> None:
+    assert f"({page})" in TEXTS["README.md"]
 
 
-def test_the_worked_examples_of_the_runner_face(
-    checkout: Path, runner: Runner, image: str, names: Names, direct: EngineDirect
-) -> None:
-    start, run, events = (
-        block.replace("docker-runner/busybox", image).replace("demo", name)
-        for name in [names()]
-        for block in shell_blocks()
-        if "/v1/" in block and "docker-runner curl" in block
-    )
-    assert json.loads(run_in(checkout, start, runner))["status"] == "running"
-    assert json.loads(run_in(checkout, run, runner)) == {"stdout": "hello\n", "stderr": "", "exitCode": 3}
-    assert 'data: {"type":"event","event":{"status":"create"' in run_in(checkout, events, runner)
+def test_every_block_is_had_by_a_test() -> None:
+    for path in (ROOT / "tests").glob("test_*.py"):
+        if "from documents import" in path.read_text():
+            importlib.import_module(path.stem)
+    left = {(each.page, each.text) for each in BLOCKS} - {(each.page, each.text) for each in HAD}
+    for page, mark in NOT_RUN:
+        (found,) = (each for each in left if each[0] == page and mark in each[1])
+        left.remove(found)
+    assert not left
 
 
-def test_the_example_runs_a_container_and_shows_its_output(
-    checkout: Path, runner: Runner, image: str, names: Names
-) -> None:
-    script = (ROOT / "examples/run-a-container.sh").read_text()
-    (checkout / "examples").mkdir()
-    (checkout / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    example = checkout / "examples/run-a-container.sh"
-    example.write_text(script.replace("docker-runner/busybox:latest", image).replace("hello-", f"{names()}-"))
-    assert "Hello from container" in run_in(checkout, "sh examples/run-a-container.sh", runner)
-
-
-def test_the_way_to_a_shell_through_the_bridge(checkout: Path, runner: Runner, image: str, names: Names) -> None:
-    """The two terminals of the README; what a person types into the shell comes over a pseudo-terminal."""
-    serve, use = (
-        block.replace(":7071", f":{runner.port}").replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-        for block in shell_blocks()
-        if ".dev/docker.sock" in block
-    )
-    use = use.replace("docker-runner/busybox:latest", image).replace("demo-box", names())
-    kept = {name: value for name, value in runner.environ.items() if not name.startswith("DOCKER_")}
-    bridge = subprocess.Popen(["bash", "-c", f"exec {serve.strip()}"], cwd=checkout, env=kept)
-    try:
-        assert wait_until((checkout / ".dev/docker.sock").exists, 10)
-        outer, inner = os.openpty()
-        command = ["bash", "-euo", "pipefail", "-c", use]
-        tools = subprocess.Popen(
-            command, cwd=checkout, env=kept, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
-        )
-        os.close(inner)
-        seen = b""
-        with contextlib.suppress(OSError):  # The end of a terminal.
-            while piece := os.read(outer, 65536):
-                if b"# " in piece and b"# " not in seen:
-                    os.write(outer, b"echo from-$((40 + 2)) && exit\n")
-                seen += piece
-        os.close(outer)
-        assert tools.wait(30) == 0, seen
-        assert b"from-42" in seen
-    finally:
-        bridge.terminate()
-        assert bridge.wait(10) == 0
+def test_a_path_in_a_document_is_one_of_the_checkout() -> None:
+    for page, text in TEXTS.items():
+        for path in re.findall(r"`((?:tests|docs|deploy|examples|bench|dev)/[\w./-]+\.\w+)`", text):
+            assert (ROOT / path).exists() or Path(path).name.endswith(".pyz"), (page, path)

@@ -28,10 +28,12 @@ from yarl import URL
 
 import client
 from conftest import EngineDirect, Names
+from documents import TEXTS
+from documents import example as example_of
 from service import ROOT, Runner
 
 EXAMPLES = ROOT / "examples"
-README = (ROOT / "README.md").read_text()
+PAGE = "docs/client.md"
 VECTORS: list[dict[str, Any]] = json.loads((ROOT / "tests/data/signature-vectors.json").read_text())
 NORMALISED = "a lone question mark counts"
 """The vector whose target the Python libraries do not send as it stands: they drop the question mark."""
@@ -490,23 +492,17 @@ def test_aiohttp_signs_nothing_for_another_host(example: Example) -> None:
     assert not [name for name in headers if name.startswith("x-dr-")]
 
 
-# What the README says.
-
-
-def section() -> str:
-    found = re.search(r"^## Signing in other languages\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
+# What the page says.
 
 
 def test_the_table_names_every_example() -> None:
-    listed = re.findall(r"^\| [^|]+ \| \[[^\]]+\]\(examples/([^)]+)\)", section(), re.MULTILINE)
+    listed = re.findall(r"^\| [^|]+ \| \[[^\]]+\]\(\.\./examples/([^)]+)\)", TEXTS[PAGE], re.MULTILINE)
     assert listed == list(PROGRAMS)
     assert {*listed, "run-a-container.sh"} == {path.name for path in EXAMPLES.iterdir() if path.is_file()}
 
 
-def test_the_commands_work_as_they_stand(runner: Runner, container: str, tmp_path: Path) -> None:
-    (script,) = re.findall(r"^```sh\n(.*?)^```", section(), re.DOTALL | re.MULTILINE)
+@example_of(PAGE, "sign_requests.py GET")
+def test_the_commands_work_as_they_stand(script: str, runner: Runner, container: str, tmp_path: Path) -> None:
     for name in ("examples", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".dev").mkdir()

@@ -19,10 +19,11 @@ from audit import Asked, Audit
 from both_logs import NAMED, ask, keys_and_scopes, port_of, serving
 from client import sign
 from dev.engine import Engine
+from documents import block
 from errors import RunnerError
 from service import ROOT
 
-README = (ROOT / "README.md").read_text()
+PAGE = "docs/operations.md"
 FORGED = '\n{"level":"fatal"}\r\x1b[2K\x9b31m\x07\u2028\u202e" x=1'
 
 
@@ -208,10 +209,9 @@ def test_half_a_line_is_not_glued_to_the_next(tmp_path: Path) -> None:
 # What the documents and the code say.
 
 
-def example(name: str) -> list[str]:
-    found = re.search(rf"<!-- {name}: [^>]*-->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1].splitlines()
+JSON = block(PAGE, 'docker-runner 0.1.0 listens on http://127.0.0.1:7071",').splitlines()
+TEXT = block(PAGE, "version=0.1.0").splitlines()
+AUDIT = block(PAGE, '"message":"refused ContainerCreate"').splitlines()
 
 
 def shape(value: Any) -> Any:
@@ -252,11 +252,11 @@ def real(request: pytest.FixtureRequest, engine: Engine, files: dict[str, str]) 
 def test_the_documented_lines_are_such_as_are_written(real: tuple[str, list[str]]) -> None:
     form, lines = real
     if form == "json":
-        for line in map(json.loads, example("log-json")):
+        for line in map(json.loads, JSON):
             written = [json.loads(other) for other in lines if json.loads(other)["logger"] == line["logger"]]
             assert shape(line) in [shape(other) for other in written], (line, written)
     else:
-        for text in example("log-text")[:-1]:
+        for text in TEXT[:-1]:
             assert masked(text) in [masked(other) for other in lines], (
                 masked(text),
                 [masked(other) for other in lines],
@@ -264,7 +264,7 @@ def test_the_documented_lines_are_such_as_are_written(real: tuple[str, list[str]
 
 
 def test_the_documented_lines_of_the_audit_log_are_its_own() -> None:
-    for text in example("audit-json") + example("log-text")[-1:]:
+    for text in AUDIT + TEXT[-1:]:
         line = json.loads(text) if text.startswith("{") else None
         written: list[bytes] = []
         refused = line is not None and line["decision"] == "refused"

@@ -6,6 +6,7 @@ Grafana cannot be had here: its dashboard is held against what the runner export
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from conftest import EngineDirect, Names, free_port, tied
 from dev import find_program, packages, wait_until
 from dev.engine import Engine
+from documents import example, run_in
 from exposition import FAMILIES, OF_THE_PROCESS
 from imaged import Docker, image, secret_file
 from packed import Program, environment, run
@@ -33,7 +35,7 @@ DEPLOY = ROOT / "deploy"
 MONITORING = DEPLOY / "monitoring"
 GRAFANA = MONITORING / "grafana"
 TESTED = ROOT / "tests/data/alerts.yml"
-DOCS = (ROOT / "docs/operations.md").read_text()
+PAGE = "docs/operations.md"
 
 RULES: list[dict[str, Any]] = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
 (DASHBOARD,) = (json.loads(path.read_text()) for path in (GRAFANA / "dashboards").iterdir())
@@ -361,34 +363,26 @@ class TestForReal:
 
 
 class TestDocs:
-    def test_it_links_to_what_is_there(self) -> None:
-        for link in re.findall(r"\]\(([^)#]+)", DOCS):
-            assert (ROOT / "docs" / link).exists(), link
-
-    def test_the_example_works_as_it_stands(self, engine: Engine) -> None:
-        example = next(each for each in re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL) if "/metrics" in each)
+    @example(PAGE, "DOCKER_RUNNER_METRICS_PORT=7072 docker-runner serve")
+    def test_the_example_works_as_it_stands(self, script: str, engine: Engine) -> None:
         port = str(free_port())
-        serve, ask = example.replace("7072", port).splitlines()
+        serve, ask = script.replace("7072", port).splitlines()
         settings = {"DOCKER_SOCKET": engine.socket, "DOCKER_RUNNER_HOST": "127.0.0.1", "DOCKER_RUNNER_PORT": "0"}
         path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         command = ["bash", "-c", serve.replace("docker-runner", "exec docker-runner")]
         with Program(command, "metrics are at", {**settings, **path}):
             assert "docker_runner_engine_up 1.0" in run(["bash", "-c", ask], path)[1]
 
-    def table(self, name: str) -> list[list[str]]:
-        found = re.search(rf"<!-- {name}:[^>]*-->\n(.*?)\n?<!-- /{name} -->", DOCS, re.DOTALL)
-        assert found is not None
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()[2:]]
-
-    def test_the_table_of_metrics_is_the_codes(self) -> None:
-        own = [
-            [f"`{family.exported}`", family.kind, ", ".join(f"`{label}`" for label in family.labels), family.meaning]
-            for family in FAMILIES
-        ]
-        processes = [[f"`{name}`", kind, "", meaning] for name, kind, meaning in OF_THE_PROCESS]
-        assert self.table("metrics") == own + processes
-
-    def test_the_table_of_alerts_is_that_of_the_rules(self) -> None:
-        rows = self.table("alerts")
-        assert [row[:2] for row in rows] == [[f"`{rule['alert']}`", rule["labels"]["severity"]] for rule in RULES]
-        assert all(len(row) == 4 and row[2] and row[3] for row in rows)
+    @example(PAGE, "compose.monitoring.yaml up")
+    def test_the_stack_is_one_that_compose_takes(self, script: str, engine: Engine, tmp_path: Path) -> None:
+        """Not started: its images cannot be had here."""
+        for old, new in (
+            ("-o 472", f"-o {os.geteuid()}"),
+            ("/var/run/docker.sock", engine.socket),
+            ("up --detach", "config --quiet"),
+        ):
+            assert old in script
+            script = script.replace(old, new)
+        (tmp_path / "deploy").symlink_to(shutil.copytree(DEPLOY, tmp_path / "copy"))
+        assert run_in(tmp_path, script, environment({})).returncode == 0
+        assert (tmp_path / "deploy/grafana-password").stat().st_mode & 0o777 == 0o400

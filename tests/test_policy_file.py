@@ -14,19 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policed import Policed, error_of
-from test_docs import README, table
 
 import operations
 from client import sign
 from conftest import EngineDirect, Names
 from dev.engine import Engine
+from dev.tables import RULE_SECTIONS
+from documents import TEXTS, example
 from errors import RunnerError
-from policy import PRESETS, Bind, Policy
+from policy import PRESETS, Policy
 from policy_file import PolicyError, parse
 from rules import check
 from service import ROOT, SECRET, Runner
 
-SECTIONS = ("container", "exec", "images", "volume", "network")
+PAGE = "docs/policy.md"
 
 
 def operation(name: str) -> operations.Operation:
@@ -46,71 +47,12 @@ def created(policy: Policy, **host: Any) -> bool:
     return refusal(policy, "ContainerCreate", "/containers/create", {"Image": "x", "HostConfig": host}) is None
 
 
-# The README.
+# The page on it.
 
 
-def shown(value: Any) -> str:
-    match value:
-        case bool():
-            return "yes" if value else "no"
-        case () | 0:
-            return "none"
-        case ("*",) | (Bind(path="/", below=True),):
-            return "any"
-        case tuple():
-            return ", ".join(f"`{each}`" for each in value)
-        case _:
-            return f"`{value}`"
-
-
-def presets() -> str:
-    rows = [("preset", "operations")]
-    for name, policy in PRESETS.items():
-        others = [each.id for each in operations.OPERATIONS if each.id not in policy.allowed]
-        if not others:
-            text = "all"
-        elif len(others) < 10:
-            text = f"all but {', '.join(f'`{each}`' for each in others)}"
-        else:
-            text = ", ".join(f"`{each.id}`" for each in operations.OPERATIONS if each.id in policy.allowed)
-        rows.append((f"`{name}`", text))
-    return table(rows)
-
-
-def rule_rows() -> list[tuple[str, str, str]]:
-    """Of each rule its name, and its value in `workloads` (and `read-only`) and in `everything`."""
-    names = [("", "strict"), ("", "min_api_version")]
-    names += [(part, field) for part in SECTIONS for field in getattr(PRESETS["workloads"], part).__struct_fields__]
-    rows = []
-    for part, field in names:
-        values = [getattr(getattr(policy, part) if part else policy, field) for policy in PRESETS.values()]
-        assert values[0] == values[1], "read-only has the rules of workloads"
-        rows.append((f"`{part}.{field}`" if part else f"`{field}`", shown(values[1]), shown(values[2])))
-    return rows
-
-
-def test_the_readmes_table_of_presets_is_the_codes() -> None:
-    found = re.search(r"<!-- presets:[^>]*-->\n(.*?)\n?<!-- /presets -->", README, re.DOTALL)
-    assert found is not None
-    assert found[1] == presets()
-
-
-def test_the_readmes_table_of_rules_is_the_codes() -> None:
-    found = re.search(r"<!-- rules:[^>]*-->\n(.*?)\n?<!-- /rules -->", README, re.DOTALL)
-    assert found is not None
-    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in found[1].splitlines()[2:]]
-    assert [row[:3] for row in rows] == rule_rows()
-    assert all(row[3] for row in rows)
-
-
-def example() -> str:
-    found = re.search(r"```toml\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
-def test_the_readmes_example_says_what_it_seems_to_say() -> None:
-    policies = parse(example())
+@example(PAGE, "[container]\nports")
+def test_the_pages_example_says_what_it_seems_to_say(script: str) -> None:
+    policies = parse(script)
     policy = policies.default
     assert created(policy, PortBindings={"80/tcp": [{"HostPort": "8010"}]}, Memory=1 << 30, PidsLimit=10)
     assert not created(policy, PortBindings={"80/tcp": [{"HostPort": "80"}]}, Memory=1 << 30, PidsLimit=10)
@@ -128,8 +70,14 @@ def test_the_readmes_example_says_what_it_seems_to_say() -> None:
     assert not created(policy, CapAdd=["SYS_PTRACE"], Memory=1 << 30, PidsLimit=10)
 
 
-def test_the_readmes_lines_for_tools_are_policy() -> None:
-    lines = re.findall(r"`(\[[^`]*\] \w+ = [^`]*)`", README.partition("## Lock it down")[2].partition("\n## ")[0])
+@example(PAGE, "[keys.ci.scope]")
+def test_the_pages_scopes_are_of_the_keys_that_they_name(script: str) -> None:
+    policies = parse(script)
+    assert (policies.default.scope.label, policies.of("ci").scope.label) == ("team=a", "team=b")
+
+
+def test_the_pages_lines_for_tools_are_policy() -> None:
+    lines = re.findall(r"`(\[[^`]*\] \w+ = [^`]*)`", TEXTS[PAGE])
     assert lines
     for line in lines:
         header, _, assignment = line.partition("] ")
@@ -334,8 +282,20 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 NAMES = st.sampled_from(
-    ["preset", "strict", "min_api_version", "operations", "allow", "deny", "keys", "ci", *SECTIONS, "scope", "label"]
-    + [field for part in SECTIONS for field in getattr(PRESETS["workloads"], part).__struct_fields__]
+    [
+        "preset",
+        "strict",
+        "min_api_version",
+        "operations",
+        "allow",
+        "deny",
+        "keys",
+        "ci",
+        *RULE_SECTIONS,
+        "scope",
+        "label",
+    ]
+    + [field for part in RULE_SECTIONS for field in getattr(PRESETS["workloads"], part).__struct_fields__]
 ) | st.text(max_size=4)
 
 

@@ -1,8 +1,8 @@
-"""Real tools used twice, at the engine's own socket and at the bridge's, and what the README says of them.
+"""Real tools used twice, at the engine's own socket and at the bridge's, and what docs/bridge.md says of them.
 
 A test hands `Sides.same` a scenario: what a program of that tool's users does, as the tool's own documentation shows
 it. The scenario runs at the engine, then at the bridge, each time with names of its own; what it returns must be the
-same but for what `alike` takes out. `shows` ties a test to a row of the README's table of what works.
+same but for what `alike` takes out. `shows` ties a test to a row of that page's table of what works.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 
 
 def row(key: str, text: str) -> str:
-    """A row of the README's table: `key` is `tool: topic`, the text says what of it works. Returns the key."""
+    """A row of the page's table: `key` is `tool: topic`, the text says what of it works. Returns the key."""
     assert key.partition(": ")[0] in TOOLS
     ROWS[key] = text
     return key
@@ -53,12 +53,9 @@ def shows(*keys: str) -> Callable[[_Test], _Test]:
     return declare
 
 
-def table() -> str:
-    """The README's table of what works, of the rows of all the modules that were imported."""
-    lines = ["| tool | what works |", "| --- | --- |"]
-    for tool, title in TOOLS.items():
-        lines += [f"| {title} | {text} |" for key, text in ROWS.items() if key.startswith(f"{tool}: ")]
-    return "\n".join(lines)
+def rows_of(tool: str) -> list[str]:
+    """The rows of a tool, of the modules that were imported."""
+    return [text for key, text in ROWS.items() if key.startswith(f"{tool}: ")]
 
 
 class Side(Generic[_Client]):
