@@ -1,6 +1,6 @@
 """Execs and bulk: the engine directly, the runner (signed), the bridge before the runner, side by side.
 
-    .venv/bin/python bench/bulk.py [--rounds 5] [--megabytes 64] [--socket /var/run/docker.sock]
+    .venv/bin/python -m bench.bulk [--rounds 5] [--megabytes 64] [--socket /var/run/docker.sock]
 
 An exec of `true` is created, started as an upgraded stream, read to its end and inspected. Bulk goes through an exec's
 output, an archive's download and its upload (from the runner's callers: with the body's hash, and as signed chunks).
@@ -15,7 +15,6 @@ import io
 import json
 import os
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
@@ -23,12 +22,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from peers import ROOT, SECRET, bridge, connect, runner
 from websockets.sync.client import connect as connect_websocket
 from websockets.typing import Subprotocol
 
-sys.path.insert(0, str(ROOT))
-
+from bench.peers import SECRET, bridge, connect, runner
 from client import STREAMING, body_hash, sign, signed_chunk
 from dev import busybox
 from dev.engine import Engine

@@ -1,6 +1,6 @@
 """Fan-out of events: delay and loss for 1, 100, 1,000 subscribers of the runner, and of the engine directly.
 
-    .venv/bin/python bench/events.py [--events 1000] [--subscribers 1,100] [--socket /var/run/docker.sock]
+    .venv/bin/python -m bench.events [--events 1000] [--subscribers 1,100] [--socket /var/run/docker.sock]
 
 The figures of the issue on speed are those of `--events 10000 --subscribers 1,100,1000`. Execs are created at a steady
 rate; an event's delay is from its `timeNano` to when a subscriber has it. Streams that have nothing to say are measured
@@ -22,10 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peers import ROOT, SECRET, connect, free_port, running
-
-sys.path.insert(0, str(ROOT))
-
+from bench.peers import ROOT, SECRET, connect, free_port, running
 from client import sign
 from dev import busybox
 from dev.engine import Engine

@@ -1,115 +1,48 @@
-"""Latency and throughput of small requests: the engine, the runner (signed), the bridge before it, HAProxy (unsigned).
+"""Small requests one after the other, on one kept connection for each subject: latency, and CPU time of a request."""
 
-    .venv/bin/python bench/latency.py [--rounds 20] [--requests 200] [--socket /var/run/docker.sock]
-
-Sequential requests on one kept connection each, in interleaved rounds, so that whatever else the machine does hits all
-alike; the ratios are what counts. HAProxy takes part where it is installed. Signing is done before the clock starts: it
-is the client's part.
-"""
-
-import argparse
-import json
-import os
-import re
-import shutil
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, closing
+from socket import socket
 
-from peers import ROOT, SECRET, bridge, connect, free_port, runner, running
+from bench.exchange import ask, connect, request
+from bench.figures import Figures, Sizes, percentile
+from bench.stage import Stage
+from bench.subjects import Subject
 
-sys.path.insert(0, str(ROOT))
-
-from client import sign
-
-
-class Peer:
-    """Something that answers Engine API requests on a stream socket."""
-
-    def __init__(self, name: str, sock: socket.socket, *, signed: bool) -> None:
-        self.name = name
-        self.signed = signed
-        self.sock = sock
-
-    def ask(self, targets: list[str]) -> list[float]:
-        """Seconds that each request took, on one connection."""
-        heads = []
-        for target in targets:
-            lines = [f"GET {target} HTTP/1.1", "Host: bench"]
-            if self.signed:
-                lines += [f"{name}: {value}" for name, value in sign(SECRET, "GET", target).items()]
-            heads.append(("\r\n".join(lines) + "\r\n\r\n").encode())
-        times = []
-        for head in heads:
-            started = time.perf_counter()
-            self.sock.sendall(head)
-            self._read_answer()
-            times.append(time.perf_counter() - started)
-        return times
-
-    def _read_answer(self) -> None:
-        data = self.sock.recv(1 << 20)
-        while b"\r\n\r\n" not in data:
-            data += self.sock.recv(1 << 20)
-        head, _, body = data.partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"{self.name}: {data[:300]!r}")
-        length = re.search(rb"(?i)content-length: (\d+)", head)
-        size = len(body)
-        if length is None:
-            while not data.endswith(b"0\r\n\r\n"):
-                data += self.sock.recv(1 << 20)
-            return
-        while size < int(length[1]):
-            size += len(self.sock.recv(1 << 20))
+WARM_UP = 20
+LEAST_ROUNDS = 3
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=200, help="in each round, for each peer")
-    parser.add_argument("--socket", default="/var/run/docker.sock", help="the engine's")
-    options = parser.parse_args()
-    engine: str = options.socket
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        port = stack.enter_context(runner(engine))
-        bridged = stack.enter_context(bridge(port, f"{folder}/bridge.sock"))
-        peers = [
-            Peer("engine", connect(engine), signed=False),
-            Peer("runner", connect(("127.0.0.1", port)), signed=True),
-            Peer("bridge+runner", connect(bridged), signed=False),
-        ]
-        haproxy = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
-        if haproxy:
-            port = free_port()
-            config = Path(folder) / "haproxy.cfg"
-            config.write_text(
-                "global\n maxconn 1000\ndefaults\n mode http\n timeout connect 5s\n timeout client 1m\n"
-                f" timeout server 1m\nlisten docker\n bind 127.0.0.1:{port}\n server engine unix@{engine}\n"
-            )
-            stack.enter_context(running([haproxy, "-f", str(config)]))
-            peers.append(Peer("haproxy", connect(("127.0.0.1", port)), signed=False))
-        images = json.loads(subprocess.check_output(["curl", "-s", "--unix-socket", engine, "http://e/images/json"]))
-        loads = {"ping": "/_ping", "version": "/version"}
-        if images:
-            loads["image inspect"] = f"/images/{images[0]['Id']}/json"
-        print(f"{'load':<15}{'peer':<15}{'p50 ms':>9}{'p99 ms':>9}{'x engine':>10}")
-        for load, target in loads.items():
-            times: dict[str, list[float]] = {peer.name: [] for peer in peers}
-            for _ in range(options.rounds):
-                for peer in peers:
-                    times[peer.name] += peer.ask([target] * options.requests)
-            base = statistics.median(times["engine"])
-            for name, taken in times.items():
-                p50, p99 = statistics.median(taken), sorted(taken)[int(len(taken) * 0.99)]
-                print(f"{load:<15}{name:<15}{p50 * 1000:>9.3f}{p99 * 1000:>9.3f}{p50 / base:>10.2f}")
+def targets(stage: Stage, sizes: Sizes) -> dict[str, str]:
+    """What is asked for, by the name of the load."""
+    lists = {f"list of {count}": stage.listed(count) for count in sizes.lists}
+    return {"ping": "/_ping", "inspect": f"/containers/{stage.box()}/json", **lists}
 
 
-if __name__ == "__main__":
-    main()
+def latency(stage: Stage, sizes: Sizes, figures: Figures) -> None:
+    """Round by round, each subject in turn; `p50_ms`, `p99_ms`, `cpu_us`."""
+    with ExitStack() as stack:
+        socks = [(each, stack.enter_context(closing(connect(each.address)))) for each in stage.subjects]
+        for load, target in targets(stage, sizes).items():
+            for subject, sock in socks:
+                _part(subject, sock, target, min(WARM_UP, sizes.requests))
+            slowest = max(min(_part(*each, target, 3)[0]) for each in socks)
+            fitting = int(sizes.load_s / (slowest * sizes.requests * len(socks)))
+            for _ in range(min(sizes.rounds, max(LEAST_ROUNDS, fitting))):
+                for subject, sock in socks:
+                    times, cpu = _part(subject, sock, target, sizes.requests)
+                    p50, p99 = (percentile(times, share) * 1000 for share in (0.5, 0.99))
+                    cost = {"cpu_us": cpu * 1e6} if subject.pids else {}
+                    figures.add(load, subject.name, p50_ms=p50, p99_ms=p99, **cost)
+
+
+def _part(subject: Subject, sock: socket, target: str, count: int) -> tuple[list[float], float]:
+    """Seconds that each request took; seconds of CPU time that one cost the subject."""
+    prepared = [request("GET", target, signed=subject.signed) for _ in range(count)]
+    times = []
+    cpu = subject.cpu_s()
+    for each in prepared:
+        started = time.perf_counter()
+        ask(sock, each)
+        times.append(time.perf_counter() - started)
+    return times, (subject.cpu_s() - cpu) / count

@@ -1,6 +1,6 @@
 """Start-up and idle memory: the checkout, the one file unpacking itself, and the one file unpacked before.
 
-    .venv/bin/python bench/startup.py [--rounds 10] [--socket /var/run/docker.sock]
+    .venv/bin/python -m bench.startup [--rounds 10] [--socket /var/run/docker.sock]
 
 Start-up is from the process's start to the first answer of `/v1/health`, and the processor time that it took; memory
 is what is resident then, and of that what is the process's alone. Rounds are interleaved, so that whatever else the
@@ -19,10 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers import ROOT, SECRET, free_port
-
-sys.path.insert(0, str(ROOT))
-
+from bench.peers import ROOT, SECRET, free_port
 from dev import dist, wait_until
 
 PYTHON = str(Path(sys.executable).resolve())

@@ -1,196 +1,83 @@
-"""Requests per second, p99 and the proxy's CPU time, with many connections: the engine, the runner (signed), HAProxy.
+"""Requests per second with many connections, each of which asks again as soon as it has its answer.
 
-    .venv/bin/python bench/throughput.py [--connections 1,32,256] [--requests 4000] [--socket /var/run/docker.sock]
-
-Each connection asks again as soon as it has its answer. The rounds are interleaved and the best of each peer counts;
-signing is done before the clock starts. The generator shares the machine with what it measures: ratios count.
+The generator is one thread on epoll, and does the same for every subject. What it computes is a figure too
+(`generator_us`): 10 to 20 us for a request, most of them the kernel's, so that it is not what limits a proxy.
 """
 
-import argparse
-import asyncio
-import json
+import gc
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
+import select
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from contextlib import ExitStack, closing
+from socket import socket
 
-import uvloop
-from peers import ROOT, SECRET, connect, free_port, runner, running
+from bench.exchange import BenchError, connect, request, whole
+from bench.figures import Figures, Sizes, percentile
+from bench.stage import Stage
+from bench.subjects import Subject
 
-sys.path.insert(0, str(ROOT))
-
-from client import sign
+PATIENCE_S = 30
 
 
-class Peer(NamedTuple):
-    """Something that answers Engine API requests, and the process whose CPU time counts (0: none)."""
-
-    name: str
-    address: tuple[str, int] | str
-    pid: int
-    signed: bool
-
-
-class Figures(NamedTuple):
-    """Of one round."""
-
-    per_second: float
-    p99_ms: float
-    cpu_us: float
+def throughput(stage: Stage, sizes: Sizes, figures: Figures) -> None:
+    """`per_s`, `p99_ms`, `cpu_us` (of a request, in the subject) and `generator_us` (in the generator)."""
+    for name, target in (("ping", "/_ping"), ("inspect", f"/containers/{stage.box()}/json")):
+        for connections in sizes.connections:
+            for _ in range(sizes.rounds_at_once):
+                for subject in stage.subjects:
+                    _part(
+                        figures, f"{name}, {connections} at once", subject, target, connections, sizes.requests_at_once
+                    )
 
 
-class Asker(asyncio.Protocol):
-    """One connection: asks, waits for the answer, asks again."""
-
-    def __init__(self, heads: list[bytes], done: "asyncio.Future[None]", times: list[float]) -> None:
-        self._heads = heads
-        self._done = done
-        self._times = times
-        self._got = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio.Protocol."""
-        self.transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio.Protocol."""
-        if not self._done.done():
-            self._done.set_exception(exc or ConnectionError("the peer closed"))
-
-    def ask(self) -> None:
-        """Send the next request, if one is left for anybody."""
-        if not self._heads:
-            self._done.set_result(None)
-            return
-        self._asked = time.perf_counter()
-        self.transport.write(self._heads.pop())
-
-    def data_received(self, data: bytes) -> None:
-        """asyncio.Protocol."""
-        self._got += data
-        head, end, body = self._got.partition(b"\r\n\r\n")
-        length = head.lower().partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]
-        if not end or (len(body) < int(length) if length else not body.endswith(b"0\r\n\r\n")):
-            return
-        if not head.startswith(b"HTTP/1.1 200"):
-            self._done.set_exception(RuntimeError(repr(self._got[:300])))
-            self.transport.abort()
-            return
-        self._got = b""
-        self._times.append(time.perf_counter() - self._asked)
-        self.ask()
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time of a process, all its threads."""
-    threads = Path(f"/proc/{pid}/task").iterdir() if pid else ()
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
-
-
-def heads(target: str, count: int, *, signed: bool) -> list[bytes]:
-    """So many requests, each with a signature of its own."""
-    made = []
-    for _ in range(count):
-        lines = [f"GET {target} HTTP/1.1", "Host: bench"]
-        if signed:
-            lines += [f"{name}: {value}" for name, value in sign(SECRET, "GET", target).items()]
-        made.append(("\r\n".join(lines) + "\r\n\r\n").encode())
-    return made
-
-
-async def measure(peer: Peer, target: str, connections: int, requests: int) -> Figures:
-    """One round with one peer."""
-    loop = asyncio.get_running_loop()
-    left = heads(target, requests, signed=peer.signed)
-    times: list[float] = []
-    askers: list[Asker] = []
-    ends = [loop.create_future() for _ in range(connections)]
-    for end in ends:
-        asker = Asker(left, end, times)
-
-        def same(asker: Asker = asker) -> Asker:
-            return asker
-
-        if isinstance(peer.address, str):
-            await loop.create_unix_connection(same, peer.address)
-        else:
-            await loop.create_connection(same, *peer.address)
-        askers.append(asker)
-    cpu, started = cpu_s(peer.pid), time.perf_counter()
-    for asker in askers:
-        asker.ask()
-    await asyncio.gather(*ends)
-    took, used = time.perf_counter() - started, cpu_s(peer.pid) - cpu
-    for asker in askers:
-        asker.transport.close()
-    return Figures(requests / took, sorted(times)[int(requests * 0.99)] * 1000, used / requests * 1e6)
-
-
-@contextmanager
-def haproxy(engine: str, folder: str) -> Iterator[Peer | None]:
-    """HAProxy in front of an engine's socket, where it is installed."""
-    program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        yield None
-        return
-    port = free_port()
-    config = Path(folder) / "haproxy.cfg"
-    config.write_text(
-        "global\n maxconn 1000\ndefaults\n mode http\n timeout connect 5s\n timeout client 1m\n timeout server 1m\n"
-        f" option http-no-delay\nlisten docker\n bind 127.0.0.1:{port}\n server engine unix@{engine}\n"
-    )
-    with running([program, "-f", str(config)]):
-        connect(("127.0.0.1", port)).close()
-        yield Peer("haproxy", ("127.0.0.1", port), listener(port), signed=False)
-
-
-def listener(port: int) -> int:
-    """The process that listens at a loopback port."""
-    found = subprocess.check_output(["ss", "-Hltnp", f"sport = :{port}"], text=True)
-    return int(found.partition("pid=")[2].partition(",")[0])
-
-
-def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--connections", default="1,32,256")
-    parser.add_argument("--requests", type=int, default=4000, help="in each round, for each peer")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--socket", default="/var/run/docker.sock", help="the engine's")
-    options = parser.parse_args()
-    engine: str = options.socket
+def _part(figures: Figures, load: str, subject: Subject, target: str, connections: int, count: int) -> None:
+    prepared = [request("GET", target, signed=subject.signed) for _ in range(max(count, connections))]
+    asked = len(prepared)
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        port = stack.enter_context(runner(engine))
-        unsigned = Peer("engine", engine, 0, signed=False)
-        peers = [unsigned, Peer("runner", ("127.0.0.1", port), listener(port), signed=True)]
-        if (proxy := stack.enter_context(haproxy(engine, folder))) is not None:
-            peers.append(proxy)
-        images: list[dict[str, Any]] = json.loads(
-            subprocess.check_output(["curl", "-s", "--unix-socket", engine, "http://e/images/json"])
-        )
-        loads = {"ping": "/_ping"}
-        if images:
-            loads["image inspect"] = f"/images/{images[0]['Id']}/json"
-        print(f"{'load':<15}{'connections':>12}  {'peer':<9}{'req/s':>8}{'p99 ms':>9}{'CPU us':>8}")
-        for load, target in loads.items():
-            for connections in map(int, options.connections.split(",")):
-                rounds = [
-                    (peer.name, uvloop.run(measure(peer, target, connections, options.requests)))
-                    for _ in range(options.rounds)
-                    for peer in peers
-                ]
-                for peer in peers:
-                    best = max(figures for name, figures in rounds if name == peer.name)
-                    shown = f"{best.per_second:>8.0f}{best.p99_ms:>9.2f}{best.cpu_us:>8.0f}"
-                    print(f"{load:<15}{connections:>12}  {peer.name:<9}{shown}")
+        socks = [stack.enter_context(closing(connect(subject.address))) for _ in range(connections)]
+        cpu, own = subject.cpu_s(), time.process_time()
+        gc.disable()
+        started = time.perf_counter()
+        try:
+            times = _drive(socks, prepared)
+        finally:
+            gc.enable()
+        took = time.perf_counter() - started
+        cpu, own = subject.cpu_s() - cpu, time.process_time() - own
+    cost = {"cpu_us": cpu / asked * 1e6} if subject.pids else {}
+    p99 = percentile(times, 0.99) * 1000
+    figures.add(load, subject.name, per_s=asked / took, p99_ms=p99, generator_us=own / asked * 1e6, **cost)
 
 
-if __name__ == "__main__":
-    main()
+def _drive(socks: list[socket], prepared: list[bytes]) -> list[float]:
+    """Send all requests, over all connections; seconds that each took. Raises BenchError."""
+    poll, clock, times = select.epoll(), time.perf_counter, []
+    asked: dict[int, float] = {}
+    begun: dict[int, bytes] = {}
+    with closing(poll):
+        for sock in socks:
+            poll.register(sock.fileno(), select.EPOLLIN)
+        for sock in socks:
+            asked[sock.fileno()] = clock()
+            sock.sendall(prepared.pop())
+        while asked:
+            ready = poll.poll(PATIENCE_S)
+            if not ready:
+                raise BenchError(f"{len(asked)} requests were not answered within {PATIENCE_S} s")
+            for number, _ in ready:
+                data = os.read(number, 1 << 18)
+                if number in begun:
+                    data = begun.pop(number) + data
+                if not (complete := whole(data)) and data:
+                    begun[number] = data
+                    continue
+                if not complete or data[9:12] != b"200":
+                    raise BenchError(f"a wrong answer: {data[:400]!r}")
+                now = clock()
+                times.append(now - asked[number])
+                if prepared:
+                    asked[number] = now
+                    os.write(number, prepared.pop())
+                else:
+                    del asked[number]
+    return times

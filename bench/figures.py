@@ -1,0 +1,71 @@
+"""What was measured. Every figure keeps one value for each round: subjects take turns within a round, so that what else
+the machine does hits all alike, and a ratio is taken within a round before the median is taken over the rounds.
+"""
+
+import statistics
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+
+class Key(NamedTuple):
+    """What a figure is of. `quantity` ends in its unit: `p50_ms`, `cpu_us`, `mb_per_s`."""
+
+    load: str
+    subject: str
+    quantity: str
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """How large a run is."""
+
+    requests: int = 200
+    """One after the other, in one subject's part of a round."""
+    rounds: int = 15
+    load_s: float = 40
+    """Rounds of slow requests are fewer (but three), so that a load takes about so long at most."""
+    lists: tuple[int, ...] = (20, 500)
+    """Containers that are listed."""
+    connections: tuple[int, ...] = (1, 32, 256)
+    requests_at_once: int = 3000
+    """Over all connections, in one subject's part of a round."""
+    rounds_at_once: int = 7
+
+
+FULL = Sizes()
+QUICK = Sizes(rounds=5, load_s=10, lists=(20,), requests_at_once=1500, rounds_at_once=3)
+SMOKE = Sizes(requests=3, rounds=1, load_s=0, lists=(2,), connections=(1, 4), requests_at_once=20, rounds_at_once=1)
+
+
+class Figures:
+    """The figures of a run, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._values: dict[Key, list[float]] = {}
+
+    def add(self, load: str, subject: str, **values: float) -> None:
+        """One round's values of a subject under a load, by quantity."""
+        for quantity, value in values.items():
+            self._values.setdefault(Key(load, subject, quantity), []).append(value)
+
+    def __iter__(self) -> Iterator[tuple[Key, list[float]]]:
+        return iter(self._values.items())
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._values
+
+    def median(self, key: Key) -> float:
+        """Over the rounds. Raises KeyError."""
+        return statistics.median(self._values[key])
+
+    def ratio(self, key: Key, base: Key) -> float:
+        """Of two figures: the median of the rounds' ratios. Raises KeyError."""
+        pairs = zip(self._values[key], self._values[base], strict=False)
+        return statistics.median(value / other for value, other in pairs if other)
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value that `share` of them (0 to 1) do not pass."""
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
