@@ -1,10 +1,9 @@
-"""How fast it is: `make bench`, or `.venv/bin/python -m bench`. docs/performance.md says how it measures.
+"""How fast it is: `.venv/bin/python -m bench`, beside the engine itself and HAProxy.
 
     __main__.py    the command line: which loads, how large, where the figures go
     figures.py     what was measured, round by round; medians, and ratios within a round
     marks.py       what the figures are held against
     report.py      the table, the JSON
-    plot.py        the picture
     subjects.py    what is measured: the engine's socket, HAProxy, the runner, the bridge before it
     stage.py       what a run makes on the engine, and takes away again
     exchange.py    the generator's side of a connection: requests signed beforehand, answers read and counted

@@ -52,7 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=SIZES, default="full", help="smoke: each load once, its figures worth nothing"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go as JSON, and a plot beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go as JSON")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure that one's runner in the same rounds")
     parser.add_argument("--socket", help="the engine's; otherwise the one that `make run` would take")
     return parser.parse_args()
