@@ -48,7 +48,7 @@ def _loads(text: str) -> list[str]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the runner beside the engine itself.")
     parser.add_argument("--only", type=_loads, default=list(LOADS), metavar="LOAD,..", help=", ".join(LOADS))
-    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="fewer and shorter rounds")
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="fewer and shorter rounds")
     parser.add_argument(
         "--size", choices=SIZES, default="full", help="smoke: each load once, its figures worth nothing"
     )
