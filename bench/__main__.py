@@ -8,19 +8,30 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.events import events, idle
 from bench.exchange import BenchError
+from bench.execs import execs
 from bench.figures import FULL, QUICK, SMOKE, Figures, Sizes
 from bench.latency import latency
 from bench.marks import verdicts
 from bench.report import as_json, judgement, machine, tables
 from bench.stage import Stage, stage
+from bench.startup import memory, startup
 from bench.throughput import throughput
+from bench.transfers import archives, logs
 from dev import SetupError
 from dev.prepare import ensure_engine, read_env
 
 LOADS: dict[str, Callable[[Stage, Sizes, Figures], None]] = {
     "latency": latency,
     "throughput": throughput,
+    "execs": execs,
+    "archives": archives,
+    "logs": logs,
+    "events": events,
+    "idle": idle,
+    "startup": startup,
+    "memory": memory,
 }
 SIZES = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
@@ -48,7 +59,9 @@ def _loads(text: str) -> list[str]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the runner beside the engine itself.")
     parser.add_argument("--only", type=_loads, default=list(LOADS), metavar="LOAD,..", help=", ".join(LOADS))
-    parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="fewer and shorter rounds")
+    parser.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", default="full", help="fewer and shorter rounds"
+    )
     parser.add_argument(
         "--size", choices=SIZES, default="full", help="smoke: each load once, its figures worth nothing"
     )

@@ -1,83 +1,75 @@
-"""Fan-out of events: delay and loss for 1, 100, 1,000 subscribers of the runner, and of the engine directly.
+"""Events: delay and loss for many subscribers at once; and what streams cost that have nothing to say.
 
-    .venv/bin/python -m bench.events [--events 1000] [--subscribers 1,100] [--socket /var/run/docker.sock]
-
-The figures of the issue on speed are those of `--events 10000 --subscribers 1,100,1000`. Execs are created at a steady
-rate; an event's delay is from its `timeNano` to when a subscriber has it. Streams that have nothing to say are measured
-before: how long all of them take to open, and the memory that each costs the runner.
+Execs are created at a steady rate by a process of its own; an event's delay is from its `timeNano` to when a
+subscriber has it. All subscribers are read by one thread, so that with 1,000 of them a good part of the delay is the
+reader's: the same for every subject.
 """
 
-import argparse
 import base64
 import contextlib
-import http.client
 import json
 import multiprocessing
+import os
 import select
-import socket
-import statistics
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
-from bench.peers import ROOT, SECRET, connect, free_port, running
-from client import sign
-from dev import busybox
-from dev.engine import Engine
+from bench.exchange import Address, BenchError, ask, connect, request
+from bench.figures import Figures, Sizes, percentile
+from bench.stage import Stage
+from bench.subjects import BEFORE, ENGINE, RUNNER, Subject, memory_kb, runner
+from dev import CHECKOUT
 
-IMAGE = "docker-runner-bench-events:latest"
 PATIENCE_S = 10.0
 """How long what is missing at the end may still come."""
 _NANO = b'"timeNano":'
 _DIGITS = 19
 
-Address = tuple[str, int] | str
+
+def events(stage: Stage, sizes: Sizes, figures: Figures) -> None:
+    """The engine's own stream, and the runner's SSE: `p50_ms`, `p99_ms`, `max_ms`, `lost`, `repeated`, `cut_off`."""
+    filters = json.dumps({"container": [stage.box()], "event": ["exec_create"], "type": ["container"]})
+    names = [ENGINE, RUNNER] + ([BEFORE] if stage.before else [])
+    for count in sizes.subscribers:
+        load = f"{sizes.events:,} events to {count:,}"
+        for subject in map(stage.subject, names):
+            streams = Subscribers(subject.address, _target(subject, filters), count, signed=subject.signed)
+            with contextlib.closing(streams):
+                _settle(stage, streams)
+                cpu = subject.cpu_s()
+                _delivery(stage, streams, sizes)
+                cost = {"cpu_ms": (subject.cpu_s() - cpu) * 1000 / sizes.events} if subject.pids else {}
+                delays = {"p50_ms": percentile(streams.delays_ms, 0.5), "p99_ms": percentile(streams.delays_ms, 0.99)}
+                counted = {"lost": streams.lost(sizes.events), "again": streams.repeated, "cut_off": streams.ended}
+                figures.add(load, subject.name, **delays, max_ms=max(streams.delays_ms), **counted, **cost)
 
 
-def ask(engine: str, method: str, target: str, body: Any = None) -> Any:
-    """One request to the engine; its JSON."""
-    connection = http.client.HTTPConnection("bench")
-    connection.sock = connect(engine)
-    with contextlib.closing(connection):
-        connection.request(method, target, json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status >= 300:
-            raise RuntimeError(f"{method} {target}: {content!r}")
-        return json.loads(content) if content else None
+def idle(stage: Stage, sizes: Sizes, figures: Figures) -> None:
+    """Streams of events that never come, of runners that were just started: `open_ms`, and the memory of each."""
+    filters = json.dumps({"container": ["there is none"], "type": ["container"]})
+    checkouts = {RUNNER: CHECKOUT} | ({BEFORE: stage.before} if stage.before else {})
+    for _ in range(min(3, sizes.starts)):
+        for name, checkout in checkouts.items():
+            with runner(stage.engine, stage.folder, name, checkout) as subject:
+                _open(subject, _target(subject, filters), sizes.idle, figures)
+        _open(stage.subject(ENGINE), _target(stage.subject(ENGINE), filters), sizes.idle, figures)
 
 
-@contextlib.contextmanager
-def sleeper(engine: str) -> Iterator[str]:
-    """A running container of our own; its id."""
-    busybox.import_image(Engine(engine), IMAGE)
-    try:
-        config = {"Image": IMAGE, "Cmd": ["sleep", "100000"], "HostConfig": {"NetworkMode": "none"}}
-        container: str = ask(engine, "POST", "/containers/create", config)["Id"]
-        try:
-            ask(engine, "POST", f"/containers/{container}/start")
-            yield container
-        finally:
-            ask(engine, "DELETE", f"/containers/{container}?force=1")
-    finally:
-        ask(engine, "DELETE", f"/images/{IMAGE}")
+def _open(subject: Subject, target: str, counts: tuple[int, ...], figures: Figures) -> None:
+    with contextlib.closing(Subscribers(subject.address, target, 5, signed=subject.signed)):
+        before = memory_kb(subject.pids[0]) if subject.pids else 0
+        for count in counts:
+            with contextlib.closing(Subscribers(subject.address, target, count, signed=subject.signed)) as streams:
+                time.sleep(0.2)  # what a stream needs later is its cost, too
+                # What earlier ones left behind is used again: memory is that of the most so far.
+                cost = {"kb_each": (memory_kb(subject.pids[0]) - before) / count} if subject.pids else {}
+                figures.add(f"{count:,} idle streams", subject.name, open_ms=streams.open_ms, **cost)
 
 
-def cause_events(engine: str, container: str, count: int, rate: float) -> None:
-    """Create execs, `rate` a second; each is an event."""
-    body = b'{"Cmd":["true"]}'
-    head = f"POST /containers/{container}/exec HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    with connect(engine) as sock:
-        begin = time.perf_counter()
-        for number in range(count):
-            time.sleep(max(0.0, begin + number / rate - time.perf_counter()))
-            sock.sendall(request)
-            answer = sock.recv(65536)
-            if b" 201 " not in answer[:20]:
-                raise RuntimeError(f"no exec: {answer!r}")
+def _target(subject: Subject, filters: str) -> str:
+    if subject.signed:
+        return f"/v1/events/sse?filters={base64.urlsafe_b64encode(filters.encode()).decode().rstrip('=')}"
+    return f"/events?filters={quote(filters)}"
 
 
 class Subscribers:
@@ -91,19 +83,22 @@ class Subscribers:
     """
 
     def __init__(self, address: Address, target: str, count: int, *, signed: bool) -> None:
-        heads = [_head(target, signed=signed) for _ in range(count)]
-        started = time.perf_counter()
-        self._socks = [_begin(address, head) for head in heads]
+        heads = [request("GET", target, signed=signed) for _ in range(count)]
+        self._socks = []
         self._poll = select.epoll()
-        for sock in self._socks:
+        started = time.perf_counter()
+        for head in heads:
+            sock = connect(address)
+            self._socks.append(sock)
+            sock.sendall(head)
             self._poll.register(sock, select.EPOLLIN)
-        self._by_number = {sock.fileno(): sock for sock in self._socks}
+        self._open = {sock.fileno() for sock in self._socks}
+        self._rest = dict.fromkeys(self._open, b"")
+        self._newest = dict.fromkeys(self._open, 0)
+        self._received = dict.fromkeys(self._open, 0)
         self.delays_ms: list[float] = []
         self.repeated = 0
         self.ended = 0
-        self._rest = dict.fromkeys(self._by_number, b"")
-        self._newest = dict.fromkeys(self._by_number, 0)
-        self._received = dict.fromkeys(self._by_number, 0)
         self._await_heads()
         self.open_ms = (time.perf_counter() - started) * 1000
 
@@ -112,35 +107,44 @@ class Subscribers:
         deadline = time.monotonic() + 60
         while len(opened) < len(self._socks):
             for number, _ in self._poll.poll(1):
-                data = self._by_number[number].recv(65536)
+                data = os.read(number, 65536)
                 if not data.startswith(b"HTTP/1.1 200") and number not in opened:
-                    raise RuntimeError(f"not opened: {data!r}")
+                    raise BenchError(f"not opened: {data!r}")
                 opened.add(number)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{len(opened)} of {len(self._socks)} streams opened")
+                raise BenchError(f"{len(opened)} of {len(self._socks)} streams opened")
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.delays_ms.clear()
+        self.repeated = 0
+        self._received = dict.fromkeys(self._received, 0)
+
+    def all_have(self, count: int) -> bool:
+        """Whether each has so many."""
+        return all(received >= count for received in self._received.values())
 
     def read(self, expected: int, within_s: float) -> None:
-        """Read until each has so many events; what is missing may come until `PATIENCE_S` after the given time."""
-        deadline = time.monotonic() + within_s + PATIENCE_S
-        missing = len(self._socks) * expected
-        while missing > 0 and self._by_number and time.monotonic() < deadline:
-            for number, _ in self._poll.poll(0.5):
+        """Read until each has so many events, or the time is over."""
+        deadline = time.monotonic() + within_s
+        missing = self.lost(expected)
+        while missing > 0 and self._open and time.monotonic() < deadline:
+            for number, _ in self._poll.poll(0.1):
                 missing -= self._take(number)
 
     def _take(self, number: int) -> int:
         try:
-            data = self._by_number[number].recv(1 << 18)
+            data = os.read(number, 1 << 18)
         except ConnectionError:
             data = b""
         if not data:
             self.ended += 1
             self._poll.unregister(number)
-            self._by_number.pop(number)
+            self._open.remove(number)
             return 0
         now = time.time_ns()
         data = self._rest[number] + data
-        newest, count, at = self._newest[number], 0, data.find(_NANO)
-        end = 0
+        newest, count, end, at = self._newest[number], 0, 0, data.find(_NANO)
         while at >= 0 and at + len(_NANO) + _DIGITS <= len(data):
             end = at + len(_NANO) + _DIGITS
             nano = int(data[at + len(_NANO) : end])
@@ -166,129 +170,36 @@ class Subscribers:
             sock.close()
 
 
-def _head(target: str, *, signed: bool) -> bytes:
-    fields = sign(SECRET, "GET", target) if signed else {}
-    lines = [f"GET {target} HTTP/1.1", "Host: bench", *(f"{name}: {value}" for name, value in fields.items())]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+def _settle(stage: Stage, streams: Subscribers) -> None:
+    """The engine sends a stream's head before it listens: so until each has had an event, more are caused."""
+    deadline = time.monotonic() + 30
+    caused = 0
+    while not streams.all_have(1):
+        _cause(stage.engine, stage.box(), 1, 100)
+        caused += 1
+        streams.read(caused, 0.2)
+        if time.monotonic() > deadline:
+            raise BenchError(f"{streams.lost(1)} streams gave no event within 30 s")
+    streams.read(caused, 0.2)
+    streams.forget()
 
 
-def _begin(address: Address, head: bytes) -> socket.socket:
-    sock = connect(address)
-    sock.sendall(head)
-    sock.setblocking(False)
-    return sock
-
-
-def resident_kb(pid: int) -> int:
-    """Memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0])
-
-
-def _delivery(engine: str, container: str, subscribers: Subscribers, events: int, rate: float) -> dict[str, Any]:
+def _delivery(stage: Stage, streams: Subscribers, sizes: Sizes) -> None:
     """Cause events, and see what the subscribers get."""
-    process = multiprocessing.get_context("fork").Process(
-        target=cause_events, args=(engine, container, events, rate), daemon=True
-    )
-    time.sleep(0.3)  # The engine sends a stream's head before it listens.
+    caused = (stage.engine, stage.box(), sizes.events, sizes.rate)
+    process = multiprocessing.get_context("fork").Process(target=_cause, args=caused, daemon=True)
     process.start()
-    subscribers.read(events, events / rate)
+    streams.read(sizes.events, sizes.events / sizes.rate + PATIENCE_S)
     process.join()
-    delays = sorted(subscribers.delays_ms) or [float("nan")]
-    return {
-        "p50_ms": statistics.median(delays),
-        "p99_ms": delays[int(len(delays) * 0.99)],
-        "max_ms": delays[-1],
-        "lost": subscribers.lost(events),
-        "repeated": subscribers.repeated,
-        "cut_off": subscribers.ended,
-    }
+    if process.exitcode or not streams.delays_ms:
+        raise BenchError("no events were caused, or none came")
 
 
-def run(
-    engine: str, *, subscribers: tuple[int, ...] = (1, 100), events: int = 1000, rate: float = 100, idle: int = 500
-) -> dict[str, Any]:
-    """All loads, the engine and the runner in turn.
-
-    Args:
-        engine: the engine's socket.
-        subscribers: how many at once, for each of which all events are caused.
-        events: how many, caused `rate` a second.
-        idle: streams that are only opened and held, of the runner.
-
-    Returns:
-        `{"delivery": [{"peer", "subscribers", "p50_ms", "p99_ms", "max_ms", "lost", "repeated", "cut_off",
-        "cpu_ms_per_event"}], "idle": {"streams", "open_ms", "kb_each"}}`. CPU time is the runner's alone.
-    """
-    delivery: list[dict[str, Any]] = []
-    with sleeper(engine) as container, _runner(engine) as (port, pid):
-        filters = json.dumps({"container": [container], "event": ["exec_create"], "type": ["container"]})
-        plain = "/events?filters=" + filters.replace('"', "%22").replace(" ", "")
-        feed = "/v1/events/sse?filters=" + base64.urlsafe_b64encode(filters.encode()).decode().rstrip("=")
-        idle_found = _idle(port, pid, feed, idle)
-        for count in subscribers:
-            for peer in ("engine", "runner"):
-                address: Address = engine if peer == "engine" else ("127.0.0.1", port)
-                streams = Subscribers(address, plain if peer == "engine" else feed, count, signed=peer == "runner")
-                with contextlib.closing(streams):
-                    before = _cpu_s(pid)
-                    found = _delivery(engine, container, streams, events, rate)
-                    cpu = (_cpu_s(pid) - before) * 1000 / events
-                delivery.append({"peer": peer, "subscribers": count, **found, "cpu_ms_per_event": cpu})
-    return {"delivery": delivery, "idle": idle_found}
-
-
-@contextlib.contextmanager
-def _runner(engine: str) -> Iterator[tuple[int, int]]:
-    """A runner of our own: its port and process id."""
-    port = free_port()
-    settings = {"DOCKER_RUNNER_SHARED_SECRET": SECRET, "DOCKER_SOCKET": engine, "DOCKER_RUNNER_ENV": "production"}
-    settings |= {"DOCKER_RUNNER_HOST": "127.0.0.1", "DOCKER_RUNNER_PORT": str(port)}
-    settings |= {"DOCKER_RUNNER_MAX_STREAMS": "10000", "DOCKER_RUNNER_MAX_CONNECTIONS": "10000"}
-    settings |= {"DOCKER_RUNNER_MAX_REQUESTS": "10000", "DOCKER_RUNNER_ENGINE_CONNECTIONS": "10000"}
-    with running([sys.executable, str(ROOT / "runner.py"), "serve"], settings) as process:
-        connect(("127.0.0.1", port)).close()
-        yield port, process.pid
-
-
-def _idle(port: int, pid: int, target: str, count: int) -> dict[str, Any]:
-    """Open streams that say nothing: the first time for warmth, then measured."""
-    with contextlib.closing(Subscribers(("127.0.0.1", port), target, 20, signed=True)):
-        before = resident_kb(pid)
-        streams = Subscribers(("127.0.0.1", port), target, count, signed=True)
-        with contextlib.closing(streams):
-            time.sleep(0.2)
-            each = (resident_kb(pid) - before) / count
-    return {"streams": count, "open_ms": streams.open_ms, "kb_each": each}
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
-def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=100, help="events a second")
-    parser.add_argument("--subscribers", default="1,100", help="how many at once, one after the other")
-    parser.add_argument("--idle", type=int, default=500, help="streams that are only opened")
-    parser.add_argument("--socket", default="/var/run/docker.sock", help="the engine's")
-    options = parser.parse_args()
-    counts = tuple(int(count) for count in options.subscribers.split(","))
-    found = run(options.socket, subscribers=counts, events=options.events, rate=options.rate, idle=options.idle)
-    idle = found["idle"]
-    print(f"{idle['streams']} idle streams: {idle['open_ms']:.0f} ms to open, {idle['kb_each']:.1f} KB each")
-    print(
-        f"{'subscribers':>11} {'peer':<8}{'p50 ms':>9}{'p99 ms':>9}{'max ms':>9}{'lost':>8}{'again':>7}{'cut off':>9}"
-    )
-    for row in found["delivery"]:
-        figures = f"{row['p50_ms']:>9.2f}{row['p99_ms']:>9.2f}{row['max_ms']:>9.2f}"
-        counted = f"{row['lost']:>8}{row['repeated']:>7}{row['cut_off']:>9}"
-        cpu = f"   {row['cpu_ms_per_event']:.2f} ms CPU an event" if row["peer"] == "runner" else ""
-        print(f"{row['subscribers']:>11} {row['peer']:<8}{figures}{counted}{cpu}")
-
-
-if __name__ == "__main__":
-    main()
+def _cause(engine: str, container: str, count: int, rate: float) -> None:
+    """Create execs, `rate` a second; each is an event."""
+    prepared = request("POST", f"/containers/{container}/exec", b'{"Cmd":["true"]}', signed=False)
+    with contextlib.closing(connect(engine)) as sock:
+        begin = time.perf_counter()
+        for number in range(count):
+            time.sleep(max(0.0, begin + number / rate - time.perf_counter()))
+            ask(sock, prepared, b"201")

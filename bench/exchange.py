@@ -3,9 +3,11 @@
 A request is bytes that were signed before the clock starts, an answer is read until its framing says that it is whole.
 """
 
+import contextlib
 import re
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from client import sign
@@ -75,6 +77,33 @@ def ask(sock: socket.socket, prepared: bytes, expected: bytes = b"200") -> bytes
     if data[9:12] != expected:
         raise BenchError(f"{prepared.partition(b' HTTP/')[0]!r}: {data[:400]!r}")
     return data
+
+
+def drain(sock: socket.socket, prepared: Iterable[bytes], *statuses: bytes) -> int:
+    """Send a request, and read until the other side closes; how many bytes came after the head.
+
+    Raises BenchError where the status is none of the given (200 if none is), or a chunked answer does not end.
+    """
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused in the midst: the answer says why
+        for piece in prepared:
+            sock.sendall(piece)
+    first = bytearray()
+    while _END not in first:
+        data = sock.recv(1 << 16)
+        if not data:
+            break
+        first += data
+    head, _, rest = bytes(first).partition(_END)
+    if head[9:12] not in (statuses or (b"200",)):
+        raise BenchError(f"{head!r} {rest[:400]!r}")
+    buffer = memoryview(bytearray(1 << 20))
+    size, last = len(rest), rest[-5:]
+    while count := sock.recv_into(buffer):
+        size += count
+        last = (last + bytes(buffer[max(0, count - 5) : count]))[-5:]
+    if b"\r\nTransfer-Encoding: chunked" in head and last != _LAST_CHUNK:
+        raise BenchError(f"the answer broke off after {size} bytes")
+    return size
 
 
 def body_of(answer: bytes) -> Any:

@@ -31,11 +31,58 @@ class Sizes(msgspec.Struct, frozen=True):
     requests_at_once: int = 3000
     """Over all connections, in one subject's part of a round."""
     rounds_at_once: int = 7
+    execs: int = 60
+    archives: tuple[int, ...] = (64 << 20, 512 << 10)
+    """Bytes."""
+    log: int = 4 << 20
+    """Bytes in short lines; four times as many in long ones, which the engine reads as much faster."""
+    transfers: int = 9
+    """Rounds of each archive and log."""
+    events: int = 10_000
+    rate: float = 100
+    """Of events, a second."""
+    subscribers: tuple[int, ...] = (1, 100, 1000)
+    idle: tuple[int, ...] = (500, 1000)
+    """Streams that are opened and held."""
+    starts: int = 10
+    requests_for_memory: int = 20_000
+    profile_s: float = 8
 
 
 FULL = Sizes()
-QUICK = Sizes(rounds=5, load_s=10, lists=(20,), requests_at_once=1500, rounds_at_once=3)
-SMOKE = Sizes(requests=3, rounds=1, load_s=0, lists=(2,), connections=(1, 4), requests_at_once=20, rounds_at_once=1)
+QUICK = Sizes(
+    rounds=5,
+    load_s=10,
+    lists=(20,),
+    requests_at_once=1500,
+    rounds_at_once=3,
+    execs=15,
+    log=1 << 20,
+    transfers=3,
+    events=300,
+    subscribers=(1, 100),
+    starts=3,
+    profile_s=2,
+)
+SMOKE = Sizes(
+    requests=3,
+    rounds=1,
+    load_s=0,
+    lists=(2,),
+    connections=(1, 4),
+    requests_at_once=20,
+    rounds_at_once=1,
+    execs=1,
+    archives=(100_000,),
+    log=100_000,
+    transfers=1,
+    events=20,
+    subscribers=(1, 3),
+    idle=(5, 10),
+    starts=1,
+    requests_for_memory=20,
+    profile_s=0.3,
+)
 
 
 class Figures:

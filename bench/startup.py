@@ -1,107 +1,91 @@
-"""Start-up and idle memory: the checkout, the one file unpacking itself, and the one file unpacked before.
+"""Start-up and memory: of the checkout, of the one file that unpacks itself, and of that file once it has.
 
-    .venv/bin/python -m bench.startup [--rounds 10] [--socket /var/run/docker.sock]
-
-Start-up is from the process's start to the first answer of `/v1/health`, and the processor time that it took; memory
-is what is resident then, and of that what is the process's alone. Rounds are interleaved, so that whatever else the
-machine does hits all alike. `check --health` is what a container's health check runs.
+Start-up is from the process's start to the first answer of `/v1/health`. `check --health` is what a container's health
+check runs. Memory is asked for then, and again after many requests and a download.
 """
 
-import argparse
-import http.client
 import os
-import re
 import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
-from bench.peers import ROOT, SECRET, free_port
-from dev import dist, wait_until
+from bench.exchange import Address, BenchError, ask, connect, drain, request
+from bench.figures import Figures, Sizes
+from bench.stage import Stage
+from bench.subjects import BEFORE, RUNNER, Subject, free_port, memory_kb, production, runner, running
+from bench.throughput import drive
+from dev import CHECKOUT, dist
 
 PYTHON = str(Path(sys.executable).resolve())
+HEALTH = b"GET /v1/health HTTP/1.1\r\nHost: bench\r\n\r\n"
 
 
-def asked(port: int) -> bool:
-    """Whether the service answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/v1/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
+def startup(stage: Stage, sizes: Sizes, figures: Figures) -> None:
+    """`start_ms`, `cpu_ms` of it, `rss_mb` then, and `check_ms`: a health check's time."""
+    file, unpacked = str(dist.build(stage.folder)), stage.folder / "first"
+    programs: dict[str, tuple[list[str], Mapping[str, str]]] = {
+        RUNNER: ([sys.executable, str(CHECKOUT / "runner.py")], {}),
+        "one file": ([PYTHON, "-I", file], {"SHIV_ROOT": str(stage.folder / "kept")}),
+        "one file, first start": ([PYTHON, "-I", file], {"SHIV_ROOT": str(unpacked)}),
+    }
+    if stage.before:
+        programs[BEFORE] = ([sys.executable, str(stage.before / "runner.py")], {})
+    _start(stage, *programs["one file"])  # unpacks
+    for _ in range(sizes.starts):
+        shutil.rmtree(unpacked, ignore_errors=True)
+        for name, (command, environ) in programs.items():
+            checkout = stage.before if name == BEFORE and stage.before else CHECKOUT
+            figures.add("start-up", name, **_start(stage, command, environ, checkout))
 
 
-def memory(pid: int) -> tuple[float, float]:
-    """Resident memory, and of that what is the process's alone, in MiB."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    sizes = {name: int(size) / 1024 for name, size in re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE)}
-    return sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"]
-
-
-def processor(pid: int) -> float:
-    """Milliseconds that a process has computed for."""
-    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) * 1000 / os.sysconf("SC_CLK_TCK")
-
-
-def measure(command: list[str], environ: dict[str, str]) -> tuple[float, float, float, float, float]:
-    """Milliseconds to the first answer, of these computing; MiB resident, private; milliseconds of a health check."""
+def _start(stage: Stage, command: list[str], environ: Mapping[str, str], checkout: Path = CHECKOUT) -> dict[str, float]:
     port = free_port()
-    settings = {**os.environ, **environ, "DOCKER_RUNNER_PORT": str(port)}
+    settings = {**production(checkout, stage.engine, port), **environ}
     started = time.perf_counter()
-    process = subprocess.Popen([*command, "serve"], env=settings, stderr=subprocess.DEVNULL)
-    try:
-        if not wait_until(lambda: asked(port), 30):
-            raise RuntimeError(f"{command} does not answer")
+    with running([*command, "serve"], stage.folder / "start.log", settings) as process:
+        _first_answer(("127.0.0.1", port), lambda: process.poll() is None)
         ready = time.perf_counter() - started
-        computed = processor(process.pid)
-        resident, private = memory(process.pid)
+        subject = Subject("", ("127.0.0.1", port), (process.pid,))
+        cpu, resident = subject.cpu_s(), memory_kb(process.pid)
         started = time.perf_counter()
-        subprocess.run([*command, "check", "--health"], env=settings, check=True, stdout=subprocess.DEVNULL)
+        check = [*command, "check", "--health"]
+        subprocess.run(check, env={"PATH": os.environ["PATH"], **settings}, check=True, stdout=subprocess.DEVNULL)
         checked = time.perf_counter() - started
-    finally:
-        process.terminate()
-        process.wait()
-    return ready * 1000, computed, resident, private, checked * 1000
+    return {"start_ms": ready * 1000, "cpu_ms": cpu * 1000, "rss_mb": resident / 1024, "check_ms": checked * 1000}
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--socket", default="/var/run/docker.sock", help="the engine's")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        file = str(dist.build(folder))
-        usual = {"DOCKER_RUNNER_SHARED_SECRET": SECRET, "DOCKER_RUNNER_ENV": "production"}
-        usual |= {"DOCKER_RUNNER_HOST": "127.0.0.1", "DOCKER_SOCKET": options.socket}
-        peers = {
-            "checkout": ([sys.executable, str(ROOT / "runner.py")], usual),
-            "one file, first start": ([PYTHON, "-I", file], {**usual, "SHIV_ROOT": f"{folder}/first"}),
-            "one file": ([PYTHON, "-I", file], {**usual, "SHIV_ROOT": f"{folder}/kept"}),
-        }
-        figures: dict[str, list[tuple[float, float, float, float, float]]] = {peer: [] for peer in peers}
-        measure(*peers["one file"])  # unpacks
-        for _ in range(options.rounds):
-            shutil.rmtree(folder / "first", ignore_errors=True)
-            for peer, (command, environ) in peers.items():
-                figures[peer].append(measure(command, environ))
-        size = os.path.getsize(file) / 1e6
-    print(f"one file: {size:.1f} MB; medians of {options.rounds} (start-up also: least)")
-    print(f"{'':24}{'first answer':>20}{'computing':>12}{'resident':>12}{'private':>12}{'health check':>16}")
-    for peer, rows in figures.items():
-        ready, computed, resident, private, checked = (statistics.median(column) for column in zip(*rows, strict=True))
-        least = min(row[0] for row in rows)
-        first = f"{ready:.0f} ms ({least:.0f})"
-        print(f"{peer:24}{first:>20}{computed:>9.0f} ms{resident:>8.1f} MiB{private:>8.1f} MiB{checked:>13.0f} ms")
+def _first_answer(address: Address, lives: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with closing(connect(address, patience_s=0)) as sock:
+                ask(sock, HEALTH)
+        except OSError:
+            if not lives() or time.monotonic() > deadline:
+                raise BenchError("the service did not start") from None
+            time.sleep(0.002)
+        else:
+            return
 
 
-if __name__ == "__main__":
-    main()
+def memory(stage: Stage, sizes: Sizes, figures: Figures) -> None:
+    """Of a runner that was just started: `idle_mb`; after many requests and a download `then_mb`, at most `most_mb`."""
+    checkouts = {RUNNER: CHECKOUT} | ({BEFORE: stage.before} if stage.before else {})
+    for name, checkout in checkouts.items():
+        with runner(stage.engine, stage.folder, name, checkout) as subject:
+            pid = subject.pids[0]
+            at_rest = memory_kb(pid) / 1024
+            _work(stage, subject, sizes)
+            then, most = memory_kb(pid) / 1024, memory_kb(pid, "VmHWM") / 1024
+            figures.add("memory", name, idle_mb=at_rest, then_mb=then, most_mb=most)
+
+
+def _work(stage: Stage, subject: Subject, sizes: Sizes) -> None:
+    drive(subject, f"/containers/{stage.box()}/json", max(sizes.connections), sizes.requests_for_memory)
+    target = f"/containers/{stage.box()}/archive?path=/bin/busybox"
+    with closing(connect(subject.address)) as sock:
+        drain(sock, [request("GET", target, signed=True, headers=("Connection: close",))])

@@ -10,6 +10,7 @@ import select
 import time
 from contextlib import ExitStack, closing
 from socket import socket
+from typing import NamedTuple
 
 from bench.exchange import BenchError, connect, request, whole
 from bench.figures import Figures, Sizes, percentile
@@ -19,22 +20,34 @@ from bench.subjects import Subject
 PATIENCE_S = 30
 
 
+class Driven(NamedTuple):
+    """What came of many requests: seconds that each took, that all took; CPU seconds of the subject, and our own."""
+
+    times: list[float]
+    took: float
+    cpu: float
+    own: float
+
+
 def throughput(stage: Stage, sizes: Sizes, figures: Figures) -> None:
     """`per_s`, `p99_ms`, `cpu_us` (of a request, in the subject) and `generator_us` (in the generator)."""
+    count = sizes.requests_at_once
     for name, target in (("ping", "/_ping"), ("inspect", f"/containers/{stage.box()}/json")):
         for connections in sizes.connections:
             for _ in range(sizes.rounds_at_once):
                 for subject in stage.subjects:
-                    _part(
-                        figures, f"{name}, {connections} at once", subject, target, connections, sizes.requests_at_once
-                    )
+                    found = drive(subject, target, connections, count)
+                    cost = {"cpu_us": found.cpu / count * 1e6} if subject.pids else {}
+                    p99, own = percentile(found.times, 0.99) * 1000, found.own / count * 1e6
+                    load = f"{name}, {connections} at once"
+                    figures.add(load, subject.name, per_s=count / found.took, p99_ms=p99, generator_us=own, **cost)
 
 
-def _part(figures: Figures, load: str, subject: Subject, target: str, connections: int, count: int) -> None:
-    prepared = [request("GET", target, signed=subject.signed) for _ in range(max(count, connections))]
-    asked = len(prepared)
+def drive(subject: Subject, target: str, connections: int, count: int) -> Driven:
+    """So many requests over so many connections, which are made before the clock starts. Raises BenchError, OSError."""
+    prepared = [request("GET", target, signed=subject.signed) for _ in range(count)]
     with ExitStack() as stack:
-        socks = [stack.enter_context(closing(connect(subject.address))) for _ in range(connections)]
+        socks = [stack.enter_context(closing(connect(subject.address))) for _ in range(min(connections, count))]
         cpu, own = subject.cpu_s(), time.process_time()
         gc.disable()
         started = time.perf_counter()
@@ -43,10 +56,7 @@ def _part(figures: Figures, load: str, subject: Subject, target: str, connection
         finally:
             gc.enable()
         took = time.perf_counter() - started
-        cpu, own = subject.cpu_s() - cpu, time.process_time() - own
-    cost = {"cpu_us": cpu / asked * 1e6} if subject.pids else {}
-    p99 = percentile(times, 0.99) * 1000
-    figures.add(load, subject.name, per_s=asked / took, p99_ms=p99, generator_us=own / asked * 1e6, **cost)
+        return Driven(times, took, subject.cpu_s() - cpu, time.process_time() - own)
 
 
 def _drive(socks: list[socket], prepared: list[bytes]) -> list[float]:
