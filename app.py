@@ -77,31 +77,15 @@ class App:
             metrics=self.metrics,
             expiry=self.expiry,
         )
-        options = Options(
-            default_image=settings.default_image,
-            max_output=settings.max_output,
-            head_s=settings.engine_head_s,
-            keep_alive_s=settings.sse_keep_alive_s,
-            event_buffer=settings.event_buffer,
-            metrics=self.metrics,
-            event_hub=EventHub(settings.sse_keep_alive_s, self.metrics.events_passed),
-        )
+        options = _options(settings, self.metrics)
         self._endings = Endings()
         self._runner_face = create_runner_face(
             self.engine, options, lambda: self.policies, scopes, self.expiry, self._endings, clock
         )
-        limits = Limits(
-            max_body=settings.max_body,
-            max_upload=settings.max_upload,
-            max_unverified=settings.max_unverified,
-            body_timeout_s=settings.body_timeout_s,
-            max_requests=settings.max_requests,
-            max_streams=settings.max_streams,
-        )
         self.protected = Authentication(
             self._route,
             self.verifier,
-            limits,
+            _limits(settings),
             self.audit,
             self.metrics,
             settings.path_prefix.encode(),
@@ -136,6 +120,29 @@ class App:
         await self.expiry.end()
         self.engine.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+def _options(settings: Settings, metrics: Metrics) -> Options:
+    return Options(
+        default_image=settings.default_image,
+        max_output=settings.max_output,
+        head_s=settings.engine_head_s,
+        keep_alive_s=settings.sse_keep_alive_s,
+        event_buffer=settings.event_buffer,
+        metrics=metrics,
+        event_hub=EventHub(settings.sse_keep_alive_s, metrics.events_passed),
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        max_body=settings.max_body,
+        max_upload=settings.max_upload,
+        max_unverified=settings.max_unverified,
+        body_timeout_s=settings.body_timeout_s,
+        max_requests=settings.max_requests,
+        max_streams=settings.max_streams,
+    )
 
 
 def create_app(settings: Settings) -> App:

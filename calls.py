@@ -16,7 +16,7 @@ import msgspec
 import operations
 import rules
 from dockerapi import Engine
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from expiry import USES, Expiry
 from flights import Flights

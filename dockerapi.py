@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
-from engine_connection import MAX_HEAD, Connection, EngineResponse, NotProcessedError, Overflow
+from engine_connection import MAX_HEAD, Connection
+from engine_response import EngineResponse, NotProcessedError, Overflow
 from errors import RunnerError
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -106,27 +107,12 @@ class Engine:
         Raises:
             RunnerError: any `engine_*` code; what is `retryable` never reached the engine.
         """
-        lines = _head_lines(method, target, headers)
-        pieces: AsyncIterator[bytes] | None = None
-        tail = b"\r\n"
-        if isinstance(body, bytes):
-            lines.append(b"Content-Length: %d\r\n" % len(body))
-            if len(body) <= ONE_WRITE:
-                tail += body
-            else:
-                pieces = _pieces(body)
-        elif body is not None:
-            pieces = body
-            lines.append(b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length)
-        lines.append(tail)
-        head = b"".join(lines)
+        head, pieces = _rendered(method, target, headers, body, length)
         upgrade = any(name.lower() == b"upgrade" for name, _ in headers)
         overflow = None if buffer_limit is None else Overflow(buffer_limit, on_overflow)
         fresh = False
         while True:
-            connection = None if fresh else self._kept()
-            if connection is None:
-                connection = await self._acquire(fresh=fresh)
+            connection = await self._acquire(fresh=fresh)
             answer = connection.begin(
                 method,
                 head,
@@ -157,29 +143,29 @@ class Engine:
         method: bytes,
         target: bytes,
         headers: Headers,
-        body: bytes | None,
         *,
+        empty: bool,
         head_s: float | None,
         operation: str = "",
     ) -> EngineResponse | None:
-        """Send one small request at once, on a kept connection; None if there is none, and nothing was sent.
+        """Send a request without a body at once, on a kept connection; None if there is none, and nothing was sent.
 
-        Args as of `request`, which the answer is as of before its head has come: see `EngineResponse.on_change`.
+        Its answer is returned before the head has come: see `EngineResponse.on_change`.
+
+        Args:
+            empty: there is a body, of no bytes.
+
+        The others are as of `request`.
         """
         connection = self._kept()
         if connection is None:
             return None
-        lines = _head_lines(method, target, headers)
-        if body is not None:
-            lines.append(b"Content-Length: %d\r\n" % len(body))
-        lines.append(b"\r\n")
-        if body:
-            lines.append(body)
+        request, _ = _rendered(method, target, headers, b"" if empty else None, None)
         return connection.begin(
             method,
-            b"".join(lines),
+            request,
             whole=True,
-            bare=not body,
+            bare=True,
             upgrade=False,
             head_s=head_s,
             overflow=None,
@@ -335,10 +321,25 @@ class Engine:
         return None
 
 
-def _head_lines(method: bytes, target: bytes, headers: Headers) -> list[bytes]:
+def _rendered(
+    method: bytes, target: bytes, headers: Headers, body: bytes | AsyncIterator[bytes] | None, length: int | None
+) -> tuple[bytes, AsyncIterator[bytes] | None]:
+    """A request's first bytes, all of it if it is small; else also what follows. See `Engine.request`."""
     lines = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
     lines += [b"%b: %b\r\n" % field for field in headers]
-    return lines
+    pieces: AsyncIterator[bytes] | None = None
+    tail = b"\r\n"
+    if isinstance(body, bytes):
+        lines.append(b"Content-Length: %d\r\n" % len(body))
+        if len(body) <= ONE_WRITE:
+            tail += body
+        else:
+            pieces = _pieces(body)
+    elif body is not None:
+        pieces = body
+        lines.append(b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length)
+    lines.append(tail)
+    return b"".join(lines), pieces
 
 
 def _connect_error(error: OSError, path: str) -> RunnerError:

@@ -22,7 +22,7 @@ from email.utils import parsedate_to_datetime
 import msgspec
 
 from calls import Calls
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from event_fanout import Fanout, Subscriber
 from event_journal import HORIZON_NS, Journal, Position, Room, Sieve

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from calls import Calls, Thing, segment
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from streams import STDOUT, FrameReader, FramingError
 

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from admission import Connection
 from calls import Calls, Thing, segment
 from containers import inspected
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from event_fanout import Caller, Subscriber
 from event_hub import EventHub, EventStream, Wish

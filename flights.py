@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from dockerapi import Engine
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from streams import LineFramer
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from calls import Calls, Thing, decoded, segment
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from process_look import PAUSE_S, Looks
 

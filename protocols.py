@@ -14,7 +14,6 @@ the time for a request. Here:
 """
 
 import asyncio
-import re
 from asyncio import TimerHandle
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -25,29 +24,20 @@ import uvicorn
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+import request_head
 from callers import LOOK_S, hung_up, new_id, peer, well_formed_id
 from cycle import STATUS_LINES, Cycle
 from errors import RunnerError
 from websocket_protocol import WebSocket
 
-MAX_TARGET = 65_535
-"""Security limit: bytes of a request target."""
-MAX_HEAD = 2 * 65_536
-"""Security limit: bytes of a request's head, target included (`X-Registry-Config` may be long)."""
 MAX_FRAMING = 65_536
 """Security limit: bytes between two pieces of a body, and after the last: chunk extensions, trailers."""
-
-MAX_FIELDS = 100
-"""Security limit: header fields of a request."""
 LINGER_BYTES = 1024 * 1024
 """Bytes of an unwanted body that are read and dropped, so that the caller gets to read the answer."""
 LINGER_S = 1.0
 """Seconds for that."""
 CLOSE_S = 30.0
 """Seconds that a caller may take to read the rest of a last answer."""
-_WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
-
-_LENGTH = re.compile(rb"[0-9]+")
 
 
 class Refusal(NamedTuple):
@@ -179,11 +169,12 @@ class HttpProtocol(asyncio.Protocol):
             self._begin(self._unserved)
         if self._in_head:
             self._head_size += len(data)
-            if self._head_size > MAX_HEAD or len(self._fields) > MAX_FIELDS:
-                self._refuse(_head_too_large())
-            elif len(self._url) > MAX_TARGET:
-                self._refuse(_target_too_long())
-            elif self._timer is None:
+            try:
+                request_head.check_size(self._url, self._fields, self._head_size)
+            except RunnerError as error:
+                self._refuse(error)
+                return
+            if self._timer is None:
                 self._set_timer(self._head_timeout_s, self._head_timed_out)
         elif not self._body_came and self._cycle is not None and self._cycle.more_body:
             self._framing += len(data)
@@ -279,9 +270,11 @@ class HttpProtocol(asyncio.Protocol):
             "query_string": query,
         }
         found = dict(fields)
-        self._check_head(version, found)
-        upgrades = parser.should_upgrade()
-        if upgrades and self._is_websocket():
+        try:
+            request_head.check(version, url, fields, found)
+        except RunnerError as error:
+            raise self._violates(error) from None
+        if parser.should_upgrade() and request_head.is_websocket(scope["method"], fields):
             return
         cycle = self._cycle = scope["docker_runner"] = Cycle(
             self,
@@ -310,31 +303,6 @@ class HttpProtocol(asyncio.Protocol):
                 cycle.abort()
             self._tasks.discard(task)  # A callback for that would cost the loop another turn.
 
-    def _check_head(self, version: str, found: dict[bytes, bytes]) -> None:
-        """What the parser lets pass: heads too large, and what two readers could take for different requests."""
-        fields = self._fields
-        if version not in ("1.0", "1.1"):
-            raise self._violates(RunnerError("bad_request", "HTTP/1.1 is spoken here"))
-        if len(self._url) > MAX_TARGET:
-            raise self._violates(_target_too_long())
-        size = len(self._url) + sum([len(name) + len(value) + 4 for name, value in fields])
-        if len(fields) > MAX_FIELDS or size > MAX_HEAD:
-            raise self._violates(_head_too_large())
-        hosts = codings = 0
-        for name, value in fields if len(found) < len(fields) else found.items():
-            if name == b"host":
-                hosts += 1
-            elif name == b"transfer-encoding":
-                codings += 1
-                if value != b"chunked" or codings > 1 or version == "1.0":
-                    raise self._violates(
-                        RunnerError("bad_request", "the only transfer coding is `chunked`, of HTTP/1.1")
-                    )
-            elif name == b"content-length" and not _LENGTH.fullmatch(value):
-                raise self._violates(RunnerError("bad_request", "Content-Length must be decimal digits"))
-        if hosts > 1 or (not hosts and version == "1.1"):
-            raise self._violates(RunnerError("bad_request", "one Host header is needed, and no more"))
-
     def on_body(self, body: bytes) -> None:
         """httptools."""
         self._body_came = True
@@ -358,9 +326,10 @@ class HttpProtocol(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """httptools. It comes too early where an upgrade is asked for: the parser takes no body for the request's."""
         cycle = self._cycle
-        if cycle is None or cycle.response_complete or (self._parser.should_upgrade() and self._body_fields()):
+        if cycle is None or cycle.response_complete:
             return
-        cycle.body_ended()
+        if not (self._parser.should_upgrade() and request_head.body_fields(self._fields)):
+            cycle.body_ended()
 
     # uvicorn
 
@@ -372,35 +341,16 @@ class HttpProtocol(asyncio.Protocol):
             self._cycle.keep_alive = False
             self._cycle.drain()
 
-    def _is_websocket(self) -> bool:
-        """A WebSocket upgrade is a GET with what RFC 6455 asks for; any other is served as if it asked for none."""
-        if self._scope["method"] != "GET" or self._asked_upgrade() != b"websocket":
-            return False
-        wanted = [value for name, value in self._fields if name in (b"sec-websocket-version", b"sec-websocket-key")]
-        names = {name for name, _ in self._fields}
-        return (
-            len(wanted) == 2
-            and b"13" in wanted
-            and any(_WEBSOCKET_KEY.fullmatch(value) for value in wanted)
-            and not names & {b"content-length", b"transfer-encoding"}
-        )
-
-    def _asked_upgrade(self) -> bytes | None:
-        """The protocol that the head asks for, if its `Connection` says so."""
-        found = dict(self._fields)
-        tokens = [token.strip().lower() for token in found.get(b"connection", b"").split(b",")]
-        return found.get(b"upgrade", b"").lower() if b"upgrade" in tokens else None
-
     def _upgrade(self, rest: bytes) -> None:
         """The parser has stopped at a head that asks for an upgrade; `rest` came after it."""
-        if self._is_websocket():
+        if request_head.is_websocket(self._scope["method"], self._fields):
             if rest:
                 raise self._violates(RunnerError("pipelining_refused", "bytes came before the upgrade was answered"))
             self._become_websocket()
             return
         assert self._cycle is not None
         self._cycle.keep_alive = False
-        if fields := self._body_fields():
+        if fields := request_head.body_fields(self._fields):
             self._parser = httptools.HttpRequestParser(_BodyEvents(self))
             self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(b"%b: %b\r\n" % field for field in fields))
             if rest:
@@ -418,11 +368,6 @@ class HttpProtocol(asyncio.Protocol):
         protocol.connection_made(self.transport)
         protocol.data_received(b"GET %b HTTP/1.1\r\n%b\r\n" % (self._url, head))
         self.transport.set_protocol(protocol)
-
-    def _body_fields(self) -> list[tuple[bytes, bytes]]:
-        """The header fields that announce a body."""
-        names = (b"content-length", b"transfer-encoding")
-        return [(name, value) for name, value in self._fields if name in names and value != b"0"]
 
     def _look_if_idle(self) -> None:
         """Close a connection that has been without a request for long enough."""
@@ -491,14 +436,6 @@ class HttpProtocol(asyncio.Protocol):
 
 def _second_request() -> RunnerError:
     return RunnerError("pipelining_refused", "a second request came before the answer to the first")
-
-
-def _head_too_large() -> RunnerError:
-    return RunnerError("headers_too_large", f"more than {MAX_FIELDS} header fields or {MAX_HEAD} bytes")
-
-
-def _target_too_long() -> RunnerError:
-    return RunnerError("target_too_long", f"the request target is longer than {MAX_TARGET} bytes")
 
 
 class _BodyEvents:

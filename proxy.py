@@ -19,7 +19,7 @@ from admission import Connection, Request
 from audit import Asked
 from bodies import NO_BODY, too_large
 from dockerapi import Engine
-from engine_connection import EngineResponse, NotProcessedError
+from engine_response import EngineResponse, NotProcessedError
 from errors import RunnerError
 from expiry import USES, Expiry
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
@@ -133,7 +133,7 @@ class EngineFace:
             request.method,
             request.target,
             end_to_end(request.headers, NOT_FORWARDED),
-            _no_body(request),
+            empty=_states_length(request),
             head_s=self._head_s if operation.quick else None,
             operation=operation.id,
         )
@@ -264,13 +264,13 @@ async def _read_whole(request: Request) -> bytes | None:
     return bytes(await request.body.read(MAX_INSPECTED))
 
 
-def _no_body(request: Request) -> bytes | None:
-    """A stated length of 0 is passed on, an absent one stays absent."""
-    return b"" if b"content-length" in [name for name, _ in request.headers] else None
+def _states_length(request: Request) -> bool:
+    """Of a request without a body: a stated length of 0 is passed on, an absent one stays absent."""
+    return b"content-length" in [name for name, _ in request.headers]
 
 
 def _body(request: Request) -> bytes | AsyncIterator[bytes] | None:
     if request.body is NO_BODY:
-        return _no_body(request)
+        return b"" if _states_length(request) else None
     data = request.body.data
     return request.body.chunks() if data is None else data

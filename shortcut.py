@@ -12,7 +12,7 @@ import logging
 
 from admission import Authentication, Request
 from cycle import Cycle
-from engine_connection import EngineResponse, NotProcessedError
+from engine_response import EngineResponse, NotProcessedError
 from errors import RunnerError
 from headers import HOP_BY_HOP, end_to_end, travel_whole
 from proxy import EngineFace

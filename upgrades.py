@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from admission import Connection, Request
 from client import EMPTY_BODY_HASH, body_hash
 from dockerapi import Engine
-from engine_connection import EngineResponse
+from engine_response import EngineResponse
 from errors import RunnerError
 from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
 from operations import Kind, Operation

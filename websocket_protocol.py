@@ -11,7 +11,7 @@ import time
 from typing import Any, cast
 
 # Before uvicorn imports websockets, which stops at 8 KiB a line, and then hangs. No line is as long as a whole head.
-os.environ["WEBSOCKETS_MAX_LINE_LENGTH"] = str(2 * 65_536)  # protocols.MAX_HEAD
+os.environ["WEBSOCKETS_MAX_LINE_LENGTH"] = str(2 * 65_536)  # request_head.MAX_HEAD
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol

@@ -207,6 +207,16 @@ class Runner:
         self.stop()
 
 
+def with_files(folder: Path, secrets: str, policy: str = "") -> dict[str, str]:
+    """The settings of a runner that has its secrets, and its policy if one is given, in files of this folder."""
+    (folder / "secrets").write_text(secrets)
+    settings = {"DOCKER_RUNNER_SHARED_SECRET": "", "DOCKER_RUNNER_SHARED_SECRET_FILE": str(folder / "secrets")}
+    if policy:
+        (folder / "policy.toml").write_text(policy)
+        settings["DOCKER_RUNNER_POLICY"] = str(folder / "policy.toml")
+    return settings
+
+
 def signed_head(method: str, target: str, body: bytes = b"", *extra: str, secret: str = SECRET) -> bytes:
     """The raw bytes of a signed request's head, `extra` header lines included; its body is not."""
     lines = [f"{method} {target} HTTP/1.1", "Host: runner"]

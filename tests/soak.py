@@ -183,7 +183,7 @@ class Soak:
             case "halt":
                 if (pid := self._engine.pid()) is not None:
                     os.kill(pid, signal.SIGSTOP)
-                    time.sleep(0.5 + 2 * self._chance.random())
+                    time.sleep(0.5 + 2 * self._chance.random())  # The fault itself lasts.
                     os.kill(pid, signal.SIGCONT)
             case "kill":
                 self._restart()

@@ -226,7 +226,7 @@ class Caller(threading.Thread):
         body = json.dumps(given).encode()
         with self._runner.connect() as sock:
             sock.sendall(signed_head("POST", "/v1/exec/run", body, "Content-Type: application/json") + body)
-            time.sleep(self._chance.random() * 0.3)
+            time.sleep(self._chance.random() * 0.3)  # Leaves at any point of it.
             if self._chance.random() < 0.5:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._ledger.abandon(container)
@@ -284,7 +284,7 @@ class Caller(threading.Thread):
         head = signed_head("GET", self._chance.choice(("/events", "/containers/json", "/v1/events/sse")), b"")
         with self._runner.connect() as sock:
             sock.sendall(head[: self._chance.randrange(1, len(head) + 1)])
-            time.sleep(self._chance.random() * 0.1)
+            time.sleep(self._chance.random() * 0.1)  # Leaves at any point of it.
 
     def stranger(self) -> None:
         answer = self._runner.raw(b"GET /containers/json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

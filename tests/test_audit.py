@@ -23,7 +23,7 @@ from dev import wait_until
 from dev.engine import Engine
 from errors import CODES, RunnerError
 from scripted import OK, ScriptedEngine
-from service import SECRET, Runner, read_to_end, signed_head
+from service import SECRET, Runner, read_to_end, signed_head, with_files
 from sessions import session
 from upgraded import socket_of, upgrade_headers, upgraded
 from wire import Wire
@@ -70,11 +70,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
 @pytest.fixture(scope="module")
 def audited(engine: Engine, told: Told, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """A runner with a named key, under the default policy."""
-    secrets = tmp_path_factory.mktemp("secrets") / "secrets"
-    secrets.write_text(f"{SECRET}\nci:{OTHER}\n")
     settings = {
-        "DOCKER_RUNNER_SHARED_SECRET": "",
-        "DOCKER_RUNNER_SHARED_SECRET_FILE": str(secrets),
+        **with_files(tmp_path_factory.mktemp("secrets"), f"{SECRET}\nci:{OTHER}\n"),
         "DOCKER_RUNNER_POLICY": "workloads",
     }
     with told.path.open("ab") as out, Runner(engine.socket, settings, output=out.fileno()) as running:

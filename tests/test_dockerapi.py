@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import httptools
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,8 @@ from hypothesis import strategies as st
 from conftest import EngineDirect, Names
 from dev.engine import Engine as RealEngine
 from dockerapi import MAX_IDLE, Engine
-from engine_connection import HIGH_WATER, Connection, EngineResponse
+from engine_connection import Connection
+from engine_response import HIGH_WATER, EngineResponse
 from errors import RunnerError
 from loops import LOOPS, Run, run_on, until
 from scripted import OK, PATIENCE_S, Peer, ScriptedEngine, chunked, listener_that_never_accepts
@@ -1196,3 +1198,64 @@ class TestHijack:
             docker.close()
 
         run(test())
+
+
+class _Heads:
+    """What the parser itself says of an answer."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:
+            self.fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+
+
+_PART = st.sampled_from(
+    [
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b" ",
+        b"\t",
+        b":",
+        b": ",
+        b"\0",
+        b"\xff",
+        b"X-A",
+        b"a",
+        b"Transfer-Encoding: chunked",
+        b"\r\nX-B: c",
+    ]
+)
+
+
+@given(parts=st.lists(_PART, max_size=12), before=st.sampled_from([b"", b"\r\n", b"\n", b"\r\n\r\n"]))
+def test_header_fields_are_those_that_the_parser_has_seen(parts: list[bytes], before: bytes) -> None:
+    data = before + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: 1" + b"".join(parts) + b"\r\n\r\nok"
+    seen = _Heads()
+    with contextlib.suppress(httptools.HttpParserError):
+        httptools.HttpResponseParser(seen).feed_data(data)
+
+    async def test() -> list[tuple[bytes, bytes]] | None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            connection = Connection(ours, lambda _: None, lambda _: None)
+            await asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=ours)
+            answer = connection.begin(
+                b"GET", b"x", whole=True, bare=True, upgrade=False, head_s=None, overflow=None, operation=""
+            )
+            connection.data_received(data)
+            connection.close()
+            return answer.headers if answer.status else None
+
+    got = asyncio.run(test())
+    if not seen.in_head:
+        assert got is None or got == [(name, value.strip(b" \t")) for name, value in seen.fields]
+    else:
+        assert got is None

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from flights import Flights
 from policy import PRESETS, Policies
 from scope import Scopes
 from scripted import Peer, ScriptedEngine, chunked
-from service import Runner, read_to_end, signed_head
+from service import Runner, read_to_end, signed_head, with_files
 from workloads import ROUTES
 
 LABEL = "com.example.tenant"
@@ -157,15 +156,8 @@ def _chunks(data: bytes) -> Iterator[bytes]:
 
 @pytest.fixture(scope="module")
 def scoped(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    folder: Path = tmp_path_factory.mktemp("scope")
-    (folder / "policy.toml").write_text(POLICY)
-    (folder / "secrets").write_text("".join(f"{name}:{secret_of(name)}\n" for name in ("blue", "green")))
-    settings = {
-        "DOCKER_RUNNER_POLICY": str(folder / "policy.toml"),
-        "DOCKER_RUNNER_SHARED_SECRET": "",
-        "DOCKER_RUNNER_SHARED_SECRET_FILE": str(folder / "secrets"),
-    }
-    with Runner(engine.socket, settings) as runner:
+    secrets = "".join(f"{name}:{secret_of(name)}\n" for name in ("blue", "green"))
+    with Runner(engine.socket, with_files(tmp_path_factory.mktemp("scope"), secrets, POLICY)) as runner:
         yield runner
 
 

@@ -13,6 +13,7 @@ from conftest import EngineDirect, Names
 from dev import busybox, wait_until
 from dev.engine import Engine
 from dev.private_engine import PrivateEngine
+from event_hub import FIRST_PAUSE_S
 from scripted import ScriptedEngine
 from service import Runner, signed_head
 
@@ -346,7 +347,7 @@ class TestConnections:
                 way.stop()
             way.listen()
             assert wait_until(lambda: runner.sockets() == at_rest, 5)
-            time.sleep(0.5)
+            time.sleep(5 * FIRST_PAUSE_S)  # That nothing asks again shows only when it would have.
             assert way.open == 0
             assert "defect" not in "".join(runner.log)
 

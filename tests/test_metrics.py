@@ -25,7 +25,7 @@ from exposition import FAMILIES, OF_THE_PROCESS, STREAM_KINDS, Exposition, Obser
 from metrics import BOUNDS_S, OUTCOMES, REAPED, Histogram, Metrics, outcome_of
 from scraped import PORT, Scrape, scrape, scraped
 from scripted import OK, Peer, ScriptedEngine, chunked
-from service import SECRET, Runner, read_to_end, signed_head
+from service import SECRET, Runner, read_to_end, signed_head, with_files
 from sessions import EOF, session, stdin
 from settings import read_settings
 from upgraded import upgraded
@@ -38,11 +38,8 @@ REQUESTS = "docker_runner_requests_total"
 @pytest.fixture(scope="module")
 def metered(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """A runner with metrics, a named key, and the default policy."""
-    secrets = tmp_path_factory.mktemp("secrets") / "secrets"
-    secrets.write_text(f"{SECRET}\nci:{OTHER}\n")
     settings = {
-        "DOCKER_RUNNER_SHARED_SECRET": "",
-        "DOCKER_RUNNER_SHARED_SECRET_FILE": str(secrets),
+        **with_files(tmp_path_factory.mktemp("secrets"), f"{SECRET}\nci:{OTHER}\n"),
         "DOCKER_RUNNER_POLICY": "workloads",
         "DOCKER_RUNNER_MAX_BODY": "4096",
     }

@@ -25,7 +25,7 @@ from errors import RunnerError
 from policy import PRESETS, Policy
 from policy_file import PolicyError, parse
 from rules import check
-from service import ROOT, SECRET, Runner
+from service import ROOT, SECRET, Runner, with_files
 
 PAGE = "docs/policy.md"
 
@@ -477,15 +477,8 @@ def test_a_policy_of_no_key_is_told(engine: Engine, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shared(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """A runner with an unnamed key, and a named one that may only read."""
-    folder = tmp_path_factory.mktemp("keys")
-    (folder / "secrets").write_text(f"{SECRET}\nmonitoring:{MONITORING}\n")
-    (folder / "policy.toml").write_text('[keys.monitoring]\npreset = "read-only"\n')
-    settings = {
-        "DOCKER_RUNNER_POLICY": str(folder / "policy.toml"),
-        "DOCKER_RUNNER_SHARED_SECRET": "",
-        "DOCKER_RUNNER_SHARED_SECRET_FILE": str(folder / "secrets"),
-    }
-    with Runner(engine.socket, settings) as runner:
+    secrets, policy = f"{SECRET}\nmonitoring:{MONITORING}\n", '[keys.monitoring]\npreset = "read-only"\n'
+    with Runner(engine.socket, with_files(tmp_path_factory.mktemp("keys"), secrets, policy)) as runner:
         yield runner
 
 

@@ -4,6 +4,7 @@ That answers and refusals are the same in both ways is what the other suites sho
 requests go the short way.
 """
 
+import contextlib
 import signal
 import socket
 from collections.abc import Iterator
@@ -115,6 +116,15 @@ class TestAnswers:
         assert answer.startswith(b"HTTP/1.1 " + status[:4])
         assert answer.endswith(b"\r\n\r\n" if bodiless else b"\r\n\r\nok")
 
+    def test_empty_lines_before_an_answer_are_no_part_of_it(self, runner: Runner, scripted: ScriptedEngine) -> None:
+        warm(runner, scripted, answers(b"\r\n\r\nHTTP/1.1 200 OK\r\nX-A: 1\r\nContent-Length: 2\r\n\r\nok"))
+        assert asked(runner) == b"HTTP/1.1 200 OK\r\nconnection: close\r\nX-A: 1\r\nContent-Length: 2\r\n\r\nok"
+
+    def test_a_body_that_is_chunked_twice_is_refused(self, runner: Runner, scripted: ScriptedEngine) -> None:
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n"
+        warm(runner, scripted, answers(head + chunked(b"one")))
+        assert b"engine_garbage" in asked(runner)
+
     def test_a_folded_field_is_refused(self, runner: Runner, scripted: ScriptedEngine) -> None:
         warm(runner, scripted, answers(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-A: 1\r\n x-dr-b: 2\r\n\r\nok"))
         assert b"engine_garbage" in asked(runner)
@@ -183,6 +193,21 @@ class TestGoingOn:
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert runner.request("GET", "/_ping").body == b"pong"
         assert scripted.requests == []
+
+    def test_a_caller_that_reads_nothing_is_held_for(self, runner: Runner, scripted: ScriptedEngine) -> None:
+        body = b"x" * 200_000
+        scripted.restart(lambda peer: peer.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + body))
+        assert runner.request("GET", "/_ping").body == body
+        before = runner.memory()
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                sock = stack.enter_context(runner.connect(timeout=0.2))
+                for _ in range(50):
+                    with contextlib.suppress(TimeoutError):
+                        sock.sendall(signed_head("GET", "/info"))
+                        sock.recv(1)  # The answer has begun: the next request is no pipelining, once it is all written.
+            assert runner.memory() - before < 32 * 1024 * 1024
+        assert runner.request("GET", "/_ping").body == body
 
     def test_at_the_services_end_it_is_waited_for(self, runner: Runner, scripted: ScriptedEngine) -> None:
         def waits(peer: Peer) -> None:
