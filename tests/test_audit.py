@@ -256,7 +256,7 @@ class TestWhatIsTold:
 
     def test_an_upgraded_stream_when_it_ends(self, audited: Runner, told: Told, box: str) -> None:
         request_id = told.fresh()
-        target = f"/containers/{box}/attach?stream=1&stdin=1"
+        target = f"/containers/{box}/attach?stream=1&stdout=1"
 
         async def run() -> None:
             async with upgraded(audited, target, fields={"X-Request-Id": request_id}):
