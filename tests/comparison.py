@@ -21,6 +21,8 @@ from service import Runner, signed_head
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"))
 RUNNERS_OWN = "x-request-id"
 """The one header that the runner adds to what the engine answers."""
+OF_EACH_ANSWER = {"date": "a date", "x-reference-id": "an id"}
+"""Headers of the engine that differ from answer to answer, and what stands for their values; the second is Podman's."""
 TWIN = "TWIN"
 """Stands in a target or body for the name of the twin that is asked about."""
 JSON = {"Content-Type": "application/json"}
@@ -271,7 +273,7 @@ def _fields(response: requests.Response) -> list[tuple[str, str]]:
 def _seen(status: int, fields: list[tuple[str, str]], body: bytes) -> Seen:
     kept = [(name.lower(), value) for name, value in fields if name.lower() not in HOP_BY_HOP]
     kept = [field for field in kept if field[0] != RUNNERS_OWN]
-    return Seen(status, sorted((name, "a date" if name == "date" else value) for name, value in kept), body)
+    return Seen(status, sorted((name, OF_EACH_ANSWER.get(name, value)) for name, value in kept), body)
 
 
 def _of(body: bytes | None, twin: str) -> bytes | None:

@@ -55,7 +55,9 @@ def tar_of(**files: bytes) -> bytes:
 def own_image(containers: Containers, repository: str) -> None:
     """An image of one layer that no other image has, some of it compressible and some not."""
     content = tar_of(data=secrets.token_bytes(200_000), more=bytes(200_000))
-    containers.do("POST", f"/images/create?fromSrc=-&tag=1&repo={quote(repository)}", 200, data=content)
+    imported = containers.do("POST", "/images/create?fromSrc=-", 200, data=content)["status"]
+    # Podman does not name what it imports by the tag that is given.
+    containers.do("POST", f"/images/{imported}/tag?repo={quote(repository)}&tag=1", 201)
 
 
 @pytest.fixture(scope="module")
