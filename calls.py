@@ -31,6 +31,11 @@ MAX_ANSWER = 64 * 1024 * 1024
 _JSON = (b"Content-Type", b"application/json")
 
 
+class _EngineError(msgspec.Struct):
+    message: str
+    cause: str = ""  # Podman's own
+
+
 class Thing(enum.Enum):
     """What a name names; the value is the engine's word for it."""
 
@@ -49,7 +54,26 @@ _MISSING = {
     Thing.NETWORK: "no_such_network",
 }
 
-
+# Podman says in a field of their own what its errors come from, and answers 500 to much of what Docker Engine answers
+# 400 or 409 to. The texts are constants: libpod/define/errors.go, containers/storage/errors.go, docker/distribution.
+_PODMANS_MISSING = {
+    "no such container": Thing.CONTAINER,
+    "no such exec session": Thing.EXEC,
+    "image not known": Thing.IMAGE,
+    "no such volume": Thing.VOLUME,
+    "network not found": Thing.NETWORK,
+}
+_CONFLICT = ""
+"""The code of a conflict is the operation's."""
+_PODMANS_REFUSALS = {
+    "container state improper": _CONFLICT,
+    "that name is already in use": _CONFLICT,
+    "volume is being used": _CONFLICT,
+    "invalid argument": "bad_parameter",
+    "invalid reference format": "bad_parameter",
+    "repository name must be lowercase": "bad_parameter",
+    "OCI runtime attempted to invoke a command that was not found": "bad_parameter",
+}
 _NO_NAME = re.compile(r"[/\x00-\x1f\x7f]")
 
 
@@ -250,25 +274,34 @@ class Calls:
 
     def failure(self, status: int, body: bytes, thing: Thing | None = None) -> RunnerError:
         """The engine's error as the runner's: its status, its message, the code by cause."""
-        message = _message(body) or f"the engine answered {status}"
+        told = _told(body)
+        message = told.message or f"the engine answered {status}"
         if not 400 <= status < 600:
             return RunnerError("engine_garbage", f"the engine answered {status}, which says nothing here: {message}")
+        code = self._cause(status, told, thing)
+        return RunnerError(code, message, status=status, retryable=self.operation.clean and code == "server_error")
+
+    def _cause(self, status: int, told: _EngineError, thing: Thing | None) -> str:
+        conflict = self.operation.conflict
         match status:
-            case 404 if message.lower().startswith("could not find the file"):
-                code = self.operation.fallback  # A path within a container, which is there.
-            case 404 if message.lower().startswith(("network ", "no such network")):
-                code = _MISSING[Thing.NETWORK]
+            case 404 if told.cause in _PODMANS_MISSING:
+                return _MISSING[_PODMANS_MISSING[told.cause]]
+            case 404 if told.message.lower().startswith("could not find the file"):
+                return self.operation.fallback  # A path within a container, which is there.
+            case 404 if told.message.lower().startswith(("network ", "no such network")):
+                return _MISSING[Thing.NETWORK]
             case 404:
-                code = _MISSING[thing or self.operation.thing]
+                return _MISSING[thing or self.operation.thing]
             case 409:
-                code = self.operation.conflict
+                return conflict
             case 400:
-                code = "bad_parameter"
+                return "bad_parameter"
+            case 500 if told.cause in _PODMANS_REFUSALS:
+                return _PODMANS_REFUSALS[told.cause] or conflict
             case _ if status >= 500:
-                code = "server_error"
+                return "server_error"
             case _:
-                code = self.operation.fallback
-        return RunnerError(code, message, status=status, retryable=self.operation.clean and status >= 500)
+                return self.operation.fallback
 
 
 def decoded(answer: bytes, form: type[R]) -> R:
@@ -291,12 +324,8 @@ def _text(value: str | int | bool) -> str:
     return ("1" if value else "0") if isinstance(value, bool) else str(value)
 
 
-class _EngineError(msgspec.Struct):
-    message: str
-
-
-def _message(body: bytes) -> str:
+def _told(body: bytes) -> _EngineError:
     try:
-        return msgspec.json.decode(body, type=_EngineError).message
+        return msgspec.json.decode(body, type=_EngineError)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return body[:500].decode("utf-8", "replace").strip()
+        return _EngineError(body[:500].decode("utf-8", "replace").strip())

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 from urllib.parse import urlencode
 
@@ -24,6 +24,9 @@ from streams import KEEP_ALIVE, FrameCutter, FramingError, sse
 
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")]
 END = sse(b'{"type":"end"}')
+HEAD_WAIT_S = 0.3
+"""How long a followed log waits for the engine to answer. A refusal comes at once, but Podman says nothing before the
+container does; what it refuses after this time is told in-band."""
 
 
 class Feed(Response):
@@ -105,15 +108,39 @@ async def logs(calls: Calls, container: str, query: dict[str, Any], keep_alive_s
         keep_alive_s: see `Feed`.
     """
     tty = (await inspected(calls, container, own=True)).config.tty
-    response = await calls.open("GET", f"/containers/{segment(Thing.CONTAINER, container)}/logs", query)
+    path = f"/containers/{segment(Thing.CONTAINER, container)}/logs"
+    opening = asyncio.ensure_future(calls.open("GET", path, query))
+    following = bool(query["follow"])
+    try:
+        await asyncio.wait((opening,), timeout=HEAD_WAIT_S if following else None)
+        if opening.done():
+            opening.result()
+    except BaseException:
+        _abandon(opening)
+        raise
     return Feed(
-        _log_messages(response, tty=tty), keep_alive_s=keep_alive_s, close=response.close, endless=bool(query["follow"])
+        _log_messages(opening, tty=tty),
+        keep_alive_s=keep_alive_s,
+        close=lambda: _abandon(opening),
+        endless=following,
     )
 
 
-async def _log_messages(response: EngineResponse, *, tty: bool) -> AsyncGenerator[bytes, None]:
+def _abandon(opening: asyncio.Future[EngineResponse]) -> None:
+    """Close the engine's answer, whether it has come or is still to come."""
+    opening.cancel()
+    opening.add_done_callback(_close)
+
+
+def _close(opening: asyncio.Future[EngineResponse]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+async def _log_messages(opening: Awaitable[EngineResponse], *, tty: bool) -> AsyncGenerator[bytes, None]:
     cutter = FrameCutter()
     try:
+        response = await opening
         async for chunk in response.chunks():
             whole = chunk if tty else cutter.feed(chunk)
             if whole:
