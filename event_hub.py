@@ -25,7 +25,7 @@ from calls import Calls
 from engine_response import EngineResponse
 from errors import RunnerError
 from event_fanout import Fanout, Subscriber
-from event_journal import HORIZON_NS, Journal, Position, Room, Sieve
+from event_journal import HORIZON_NS, Journal, Position, Room, Sieve, time_of
 from scope_events import MAX_EVENT
 from streams import LineReader
 
@@ -316,10 +316,9 @@ class EventStream:
 
     async def _look(self, since_ns: int, until_ns: int) -> tuple[list[bytes], bool]:
         """What the engine has of the past, in its order, and whether that is all: no more than `MAX_EVENT` is held."""
-        query = {"since": _seconds(since_ns), "until": _seconds(until_ns), "filters": self._filters}
         lines: deque[bytes] = deque()
         size = left_out = 0
-        with await _ask(self._calls, query) as response:
+        with await _past(self._calls, since_ns, until_ns, filters=self._filters) as response:
             reader = LineReader(MAX_EVENT)
             async for chunk in response.chunks():
                 for line in reader.feed(chunk):
@@ -379,6 +378,20 @@ class EventStream:
         self.journal.close()
 
 
+async def _past(calls: Calls, since_ns: int, until_ns: int, **more: str) -> EngineResponse:
+    """The engine's events between two times, of which the second has passed; from Podman, those since then as well.
+
+    Podman (4.3) stops reading its events at a time that has passed before it has read them all, or any. It has a
+    parameter of its own, which Docker Engine does not know, for not to wait for more.
+    """
+    asked = {"since": _seconds(since_ns), **more}
+    response = await _ask(calls, {**asked, "until": _seconds(until_ns)})
+    if not any(name.lower() == b"libpod-api-version" for name, _ in response.headers):
+        return response
+    response.close()
+    return await _ask(calls, {**asked, "stream": "false"})
+
+
 async def _ask(calls: Calls, query: dict[str, str]) -> EngineResponse:
     """The engine's events of the past, on a connection that does not outlive them."""
     return await calls.open("GET", "/events", query, own=True, head_s=ATTEMPT_S, headers=_ONCE)
@@ -386,9 +399,13 @@ async def _ask(calls: Calls, query: dict[str, str]) -> EngineResponse:
 
 async def reaches_back(calls: Calls, time_ns: int) -> bool:
     """Whether the engine still has an event, of any kind, from before a time: then it has all from there on."""
-    query = {"since": "0", "until": _seconds(time_ns - HORIZON_NS)}
-    with await _ask(calls, query) as response:
-        return bool(await response.next())
+    until_ns = time_ns - HORIZON_NS
+    with await _past(calls, 0, until_ns) as response:
+        reader = LineReader(MAX_EVENT)
+        async for chunk in response.chunks():
+            for line in reader.feed(chunk):
+                return 0 < time_of(line) <= until_ns
+    return False
 
 
 def _gap(reason: str, message: str) -> bytes:
