@@ -32,8 +32,12 @@ PRESENT: dict[str, Callable[[], bool]] = {
     "nodejs": partial(_program, "node"),
     "npm": partial(_program, "npm"),
     "openssl": partial(_program, "openssl"),
+    "podman": partial(_program, "podman"),
     "python3-venv": lambda: importlib.util.find_spec("ensurepip") is not None,
+    "runc": partial(_program, "runc"),
+    "socat": partial(_program, "socat"),
     "systemd": partial(_program, "systemd-analyze"),
+    "tini": partial(_program, "tini"),
 }
 
 

@@ -25,6 +25,7 @@ from dev.private_engine import PrivateEngine, private_home, serves_default_socke
 IMAGE = "docker-runner/busybox:latest"
 VENV_PACKAGES = ["python3-venv", "ca-certificates"]
 ENGINE_PACKAGES = ["docker.io", "iptables", "iproute2"]
+PODMAN_PACKAGES = ["podman", "runc", "socat", "tini"]
 TRY_OUT_PACKAGES = ["curl", "busybox-static"]
 DEPLOY_PACKAGES = ["nginx-light", "caddy", "systemd"]
 TEST_PACKAGES = [
@@ -253,8 +254,8 @@ def _introduce(engine: Engine, settings: Mapping[str, str]) -> None:
 
 
 def prepare_tests() -> None:
-    """All that the tests need. The engine is theirs to find or start; only root can have one to kill and restart."""
-    needed = ENGINE_PACKAGES if os.geteuid() == 0 else []
+    """All that the tests need. The engine is theirs to find or start; only root can have ones of its own."""
+    needed = [*ENGINE_PACKAGES, *PODMAN_PACKAGES] if os.geteuid() == 0 else []
     if "docker.io" in packages.install([*TEST_PACKAGES, *needed]):
         _engine_of_the_package()
     for package in UNPACKED_PACKAGES:

@@ -136,6 +136,13 @@ def _sdks() -> Rows:
     return [("tool", "what works"), *titled]
 
 
+def _engines() -> Rows:
+    """What the tests of the second engine show."""
+    sys.path.insert(0, str(CHECKOUT / "tests"))
+    differences = importlib.import_module("on_podman.differences").DIFFERENCES
+    return [("what", "Docker Engine", "Podman"), *differences.values()]
+
+
 def _fields(struct: type[msgspec.Struct]) -> Rows:
     """The parameters of a route of the runner face, from the struct that decodes them."""
     _, schemas = msgspec.json.schema_components([struct])
@@ -179,6 +186,7 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "metrics": _metrics,
     "alerts": _alerts,
     "sdks": _sdks,
+    "engines": _engines,
     **{
         operation_id(path): functools.partial(
             _fields, workloads.Interactive if path == workloads.INTERACTIVE else struct

@@ -14,6 +14,28 @@ from conftest import EngineDirect, Names
 from service import Runner
 
 MISSING = "no-such-container"
+REQUESTS = [
+    ("GET", "/json"),
+    ("GET", "/top"),
+    ("GET", "/changes"),
+    ("GET", "/export"),
+    ("GET", "/stats?stream=false"),
+    ("GET", "/logs?stdout=1"),
+    ("GET", "/archive?path=/"),
+    ("HEAD", "/archive?path=/"),
+    ("PUT", "/archive?path=/"),
+    ("POST", "/start"),
+    ("POST", "/stop"),
+    ("POST", "/restart"),
+    ("POST", "/kill"),
+    ("POST", "/pause"),
+    ("POST", "/unpause"),
+    ("POST", "/wait"),
+    ("POST", "/rename?name=x"),
+    ("POST", "/resize?h=1&w=1"),
+    ("POST", "/attach?stream=1&stdout=1"),
+]
+"""Whatever can be asked of a container, without its name."""
 
 
 @pytest.fixture
@@ -149,27 +171,7 @@ class TestReading:
 
     @pytest.mark.parametrize(
         ("method", "rest"),
-        [
-            ("GET", "/json"),
-            ("GET", "/top"),
-            ("GET", "/changes"),
-            ("GET", "/export"),
-            ("GET", "/stats?stream=false"),
-            ("GET", "/logs?stdout=1"),
-            ("GET", "/archive?path=/"),
-            ("HEAD", "/archive?path=/"),
-            ("PUT", "/archive?path=/"),
-            ("POST", "/start"),
-            ("POST", "/stop"),
-            ("POST", "/restart"),
-            ("POST", "/kill"),
-            ("POST", "/pause"),
-            ("POST", "/unpause"),
-            ("POST", "/wait"),
-            ("POST", "/rename?name=x"),
-            ("POST", "/resize?h=1&w=1"),
-            ("POST", "/attach?stream=1&stdout=1"),
-        ],
+        REQUESTS,
     )
     def test_whatever_is_asked_of_a_missing_container_relays_404(self, both: Both, method: str, rest: str) -> None:
         assert both.same(method, f"/v1.41/containers/{MISSING}{rest}").status == 404

@@ -50,7 +50,8 @@ def event_counts(both: Both, name: str, action: str) -> int:
     """How often something has happened to a container, as the engine's events tell it."""
     filters = json.dumps({"container": [name], "event": [action]})
     now = time.time()
-    query = urlencode({"filters": filters, "since": f"{now - 300:.9f}", "until": f"{now:.9f}"})
+    # A little ahead: Podman does not give all events up to a time that has passed.
+    query = urlencode({"filters": filters, "since": f"{now - 300:.9f}", "until": f"{now + 0.1:.9f}"})
     return len(both.engine("GET", f"/events?{query}").body.splitlines())
 
 
@@ -97,7 +98,8 @@ class TestLogs:
     @compares("ContainerLogs")
     @pytest.mark.parametrize("query", ["", "stdout=0", "stdout=1&since=nonsense"])
     def test_logs_with_a_bad_parameter_relay_the_engines_error(self, both: Both, spoken: str, query: str) -> None:
-        assert both.same("GET", f"/containers/{spoken}/logs?{query}").status in (400, 500)
+        target = f"/containers/{spoken}/logs" + (f"?{query}" if query else "")
+        assert both.same("GET", target).status in (400, 500)
 
 
 class TestStats:
