@@ -5,6 +5,7 @@ import base64
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from sessions import session
 MIB = 1024 * 1024
 LOGS = "/v1/containers/logs/sse?"
 EVENTS = "/v1/events/sse?"
+
+INSPECTED = b'{"Id":"c","Config":{"Tty":false},"State":{},"NetworkSettings":{}}'
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +173,12 @@ class TestLogs:
         ids=["cut", "no frame", "no chunk"],
     )
     def test_a_stream_that_breaks_is_told_in_band(self, body: bytes, said: bytes) -> None:
-        inspected = b'{"Id":"c","Config":{"Tty":false},"State":{},"NetworkSettings":{}}'
-
         def script(peer: Peer) -> None:
             while request := peer.read_request():
                 if b"/logs?" in request:
                     peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", body)
                     return
-                peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(inspected), inspected))
+                peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
 
         with ScriptedEngine(script) as engine, Runner(engine.path) as runner:
             with runner.stream("GET", LOGS + "containerId=c") as response:
@@ -186,6 +187,41 @@ class TestLogs:
             assert found[-1]["message"]
             got = b"".join(base64.b64decode(message["data"]) for message in found[:-1])
             assert got in (said, b"") if b"no frame" in body else got == said  # What came with it may be lost.
+            assert "defect" not in "".join(runner.log)
+
+    def test_it_begins_before_the_engines_answer_does_which_may_still_refuse(self) -> None:
+        """As with Podman, which answers with the first line that is said."""
+        begun = threading.Event()
+
+        def script(peer: Peer) -> None:
+            while request := peer.read_request():
+                if b"/logs?" in request:
+                    assert begun.wait(20)
+                    peer.send(b"HTTP/1.1 500 No\r\nContent-Length: 16\r\n\r\n", b'{"message":"no"}')
+                else:
+                    peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
+
+        with ScriptedEngine(script) as engine, Runner(engine.path) as runner:
+            with runner.stream("GET", LOGS + "containerId=c") as response:
+                assert response.status == 200
+                begun.set()
+                (error,) = messages(response)
+            assert (error["type"], error["status"], error["code"]) == ("error", 500, "server_error")
+            assert error["message"] == "no"
+            assert "defect" not in "".join(runner.log)
+
+    def test_a_caller_that_leaves_before_the_engines_answer_closes_its_connection(self) -> None:
+        def script(peer: Peer) -> None:
+            while request := peer.read_request():
+                if b"/logs?" in request:
+                    peer.sees_close()
+                    return
+                peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
+
+        with ScriptedEngine(script) as engine, Runner(engine.path) as runner:
+            with runner.stream("GET", LOGS + "containerId=c") as response:
+                assert response.status == 200
+            assert engine.closed.wait(5)
             assert "defect" not in "".join(runner.log)
 
 
