@@ -171,6 +171,8 @@ class Calls:
         self.expiry = expiry
         self.flights = flights
         self.endings = endings
+        self.of_podman = False
+        """Whether Podman gave the latest answer."""
         self._policy = policy
         self._scopes = scopes
         self._tasks = tasks
@@ -237,6 +239,7 @@ class Calls:
             response = await self.engine.request(
                 method.encode(), asked.target, headers, body, operation=operation.id, **stream
             )
+        self.of_podman = response.from_podman
         if response.status < 300 or response.status in accept:
             return response
         with response:

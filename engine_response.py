@@ -92,6 +92,11 @@ class EngineResponse:
         return fields
 
     @property
+    def from_podman(self) -> bool:
+        """Whether Podman answered; see docs/engines.md for what that changes."""
+        return any(name.lower() == b"libpod-api-version" for name, _ in self.headers)
+
+    @property
     def ended(self) -> bool:
         """The whole body has arrived and was taken."""
         return self.complete and not self._chunks

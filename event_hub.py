@@ -386,7 +386,7 @@ async def _past(calls: Calls, since_ns: int, until_ns: int, **more: str) -> Engi
     """
     asked = {"since": _seconds(since_ns), **more}
     response = await _ask(calls, {**asked, "until": _seconds(until_ns)})
-    if not any(name.lower() == b"libpod-api-version" for name, _ in response.headers):
+    if not response.from_podman:
         return response
     response.close()
     return await _ask(calls, {**asked, "stream": "false"})

@@ -25,8 +25,8 @@ from streams import KEEP_ALIVE, FrameCutter, FramingError, sse
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")]
 END = sse(b'{"type":"end"}')
 HEAD_WAIT_S = 0.3
-"""How long a followed log waits for the engine to answer. A refusal comes at once, but Podman says nothing before the
-container does; what it refuses after this time is told in-band."""
+"""How long a followed log of Podman's waits for it to answer. A refusal comes at once, but its answer begins only when
+the container says something; what it refuses after this time is told in-band."""
 
 
 class Feed(Response):
@@ -112,7 +112,7 @@ async def logs(calls: Calls, container: str, query: dict[str, Any], keep_alive_s
     opening = asyncio.ensure_future(calls.open("GET", path, query))
     following = bool(query["follow"])
     try:
-        await asyncio.wait((opening,), timeout=HEAD_WAIT_S if following else None)
+        await asyncio.wait((opening,), timeout=HEAD_WAIT_S if following and calls.of_podman else None)
         if opening.done():
             opening.result()
     except BaseException:

@@ -19,6 +19,7 @@ from conftest import EngineDirect, Names
 from dev import busybox, wait_until
 from dev.engine import Engine
 from dev.private_engine import PrivateEngine
+from feeds import HEAD_WAIT_S
 from scripted import Peer, ScriptedEngine
 from service import Runner, read_to_end, signed_head
 from sessions import session
@@ -28,6 +29,7 @@ LOGS = "/v1/containers/logs/sse?"
 EVENTS = "/v1/events/sse?"
 
 INSPECTED = b'{"Id":"c","Config":{"Tty":false},"State":{},"NetworkSettings":{}}'
+PODMAN = b"HTTP/1.1 200 OK\r\nLibpod-API-Version: 4.3.1\r\nContent-Length: %d\r\n\r\n" % len(INSPECTED)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +191,8 @@ class TestLogs:
             assert got in (said, b"") if b"no frame" in body else got == said  # What came with it may be lost.
             assert "defect" not in "".join(runner.log)
 
-    def test_it_begins_before_the_engines_answer_does_which_may_still_refuse(self) -> None:
-        """As with Podman, which answers with the first line that is said."""
+    def test_of_podman_it_begins_before_the_answer_does_which_may_still_refuse(self) -> None:
+        """Podman answers with the first line that is said."""
         begun = threading.Event()
 
         def script(peer: Peer) -> None:
@@ -199,7 +201,7 @@ class TestLogs:
                     assert begun.wait(20)
                     peer.send(b"HTTP/1.1 500 No\r\nContent-Length: 16\r\n\r\n", b'{"message":"no"}')
                 else:
-                    peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
+                    peer.send(PODMAN, INSPECTED)
 
         with ScriptedEngine(script) as engine, Runner(engine.path) as runner:
             with runner.stream("GET", LOGS + "containerId=c") as response:
@@ -210,19 +212,37 @@ class TestLogs:
             assert error["message"] == "no"
             assert "defect" not in "".join(runner.log)
 
-    def test_a_caller_that_leaves_before_the_engines_answer_closes_its_connection(self) -> None:
+    def test_a_caller_that_leaves_before_podmans_answer_closes_its_connection(self) -> None:
         def script(peer: Peer) -> None:
             while request := peer.read_request():
                 if b"/logs?" in request:
                     peer.sees_close()
                     return
-                peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
+                peer.send(PODMAN, INSPECTED)
 
         with ScriptedEngine(script) as engine, Runner(engine.path) as runner:
             with runner.stream("GET", LOGS + "containerId=c") as response:
                 assert response.status == 200
             assert engine.closed.wait(5)
             assert "defect" not in "".join(runner.log)
+
+    def test_a_refusal_that_comes_late_keeps_its_status(self) -> None:
+        """Docker Engine is waited for, however long it takes."""
+
+        def script(peer: Peer) -> None:
+            while request := peer.read_request():
+                if b"/logs?" in request:
+                    time.sleep(2 * HEAD_WAIT_S)
+                    peer.send(b"HTTP/1.1 404 No\r\nContent-Length: 16\r\n\r\n", b'{"message":"no"}')
+                else:
+                    peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
+
+        with (
+            ScriptedEngine(script) as engine,
+            Runner(engine.path) as runner,
+            runner.stream("GET", LOGS + "containerId=c") as response,
+        ):
+            assert response.status == 404
 
 
 class TestEvents:

@@ -56,7 +56,12 @@ def test_prune_removes_what_its_filter_names(both: Both, containers: Containers,
     for label in pair:
         containers.do("POST", f"/commit?container={container}&changes={quote(f'LABEL twin={label}')}", 201, json={})
     filters = urlencode({"filters": json.dumps({"label": [f"twin={TWIN}"], "dangling": ["true"]})})
-    assert len(both.twins("POST", f"/images/prune?{filters}", pair).json["ImagesDeleted"]) >= 1
+
+    def without_size(seen: Seen) -> object:
+        # An image holds times, of which one may be written shorter than another.
+        return seen.status, seen.headers, re.sub(rb'"SpaceReclaimed":\d+', b"", seen.body)
+
+    assert len(both.twins("POST", f"/images/prune?{filters}", pair, view=without_size).json["ImagesDeleted"]) >= 1
 
 
 @instead_of(docker.TestChanging.test_prune_of_nothing_relays_the_empty_answer, "absent")
