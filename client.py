@@ -2,8 +2,8 @@
 To vendor it, copy this one file (Python 3.11+, Linux or macOS, standard library only); `__version__` says which it is.
 Every request is signed: X-DR-Timestamp (milliseconds since the epoch), X-DR-Nonce (1 to 128 visible ASCII characters,
 never used twice), X-DR-Signature = base64(HMAC-SHA256(secret, METHOD \\n TARGET \\n TIMESTAMP \\n NONCE \\n BODYHASH));
-METHOD in upper case, TARGET the path with its query as sent, BODYHASH base64(SHA-256(body)). The runner verifies with
-the functions here. `http.client` and `ssl` load slowly: imported when needed. Kept under 500 lines, hence its rows.
+METHOD in upper case, TARGET the path with its query as sent, BODYHASH base64(SHA-256(body)). The runner verifies by the
+same recipe. `http.client` and `ssl` load slowly: imported when needed. Kept under 500 lines, hence its rows.
 """
 
 # fmt: off

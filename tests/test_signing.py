@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auth import Keyring, Verifier, read_credentials
-from client import body_hash, sign
+from auth import Keyring, Signer, Verifier, read_credentials
+from client import body_hash, sign, signature
 from errors import RunnerError
 
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data/signature-vectors.json").read_text())
@@ -47,6 +47,13 @@ def test_vector_holds_for_the_client(vector: dict[str, Any]) -> None:
         "X-DR-Nonce": vector["nonce"],
         "X-DR-Signature": vector["signature"],
     }
+
+
+@given(st.binary(max_size=200), st.lists(st.binary(max_size=300), min_size=1, max_size=3))
+def test_a_prepared_secret_signs_as_the_client_does(secret: bytes, messages: list[bytes]) -> None:
+    signer = Signer(secret)
+    for message in messages:
+        assert signer.signature(message) == signature(secret, message)
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["what"])
