@@ -25,8 +25,10 @@ from errors import RunnerError
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-MAX_IDLE = 64
-"""Connections kept open without a request."""
+SPARE = 16
+"""Connections that are kept open though nobody needs them."""
+SPARE_S = 10.0
+"""Seconds for which more of them are."""
 MAX_WAITING = 4096
 """Requests that wait for a connection; one more is refused at once."""
 ONE_WRITE = 64 * 1024
@@ -54,6 +56,7 @@ class Engine:
         queue_s: how long a request waits for one of them.
         connect_s: how long the engine may take to accept one.
         on_answered: told of each answer that begins: to which operation, how many seconds after the request was sent.
+        spare_s: how long connections that nobody needs are kept, past the first few.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Engine:
         queue_s: float,
         connect_s: float,
         on_answered: Callable[[str, float], object] = lambda *_: None,
+        spare_s: float = SPARE_S,
     ) -> None:
         self.path = path
         self._places = max_connections
@@ -76,6 +80,11 @@ class Engine:
         # Strong references: the event loop holds a half-closed transport only weakly.
         self._open: set[Connection] = set()
         self._idle: list[Connection] = []
+        """The one that was used last is used next."""
+        self._spare_s = spare_s
+        self._unneeded = 0
+        """How many were idle at every moment since the latest look."""
+        self._look: asyncio.TimerHandle | None = None
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
 
     async def request(
@@ -194,6 +203,8 @@ class Engine:
 
     def close(self) -> None:
         """Drop every connection."""
+        if self._look is not None:
+            self._look.cancel()
         for connection in list(self._open):
             connection.close()
 
@@ -221,10 +232,23 @@ class Engine:
         """A kept connection that still stands."""
         while self._idle:
             connection = self._idle.pop()
+            self._unneeded = min(self._unneeded, len(self._idle))
             if connection.alive():
                 return connection
             connection.close()
         return None
+
+    def _close_unneeded(self) -> None:
+        """Close what nobody has needed for a while, but for a few."""
+        self._look = None
+        for connection in self._idle[: max(0, self._unneeded - SPARE)]:
+            connection.close()
+        self._watch_idle()
+
+    def _watch_idle(self) -> None:
+        if len(self._idle) > SPARE:
+            self._unneeded = len(self._idle)
+            self._look = asyncio.get_running_loop().call_later(self._spare_s, self._close_unneeded)
 
     async def _queue(self, deadline: float) -> Connection | None:
         """Wait for a freed connection, or (None) for a place that is now ours to open one in."""
@@ -295,10 +319,10 @@ class Engine:
         turn = self._next_waiting()
         if turn is not None:
             turn.set_result(connection)
-        elif len(self._idle) < MAX_IDLE:
-            self._idle.append(connection)
         else:
-            connection.close()
+            self._idle.append(connection)
+            if self._look is None:
+                self._watch_idle()
 
     def _on_lost(self, connection: Connection) -> None:
         self._open.discard(connection)

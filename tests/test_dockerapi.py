@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from conftest import EngineDirect, Names
 from dev.engine import Engine as RealEngine
-from dockerapi import MAX_IDLE, Engine
+from dockerapi import SPARE, Engine
 from engine_connection import Connection
 from engine_response import HIGH_WATER, EngineResponse
 from errors import RunnerError
@@ -279,9 +279,34 @@ class TestPool:
 
         run(test())
 
-    def test_idle_connections_are_bounded(self, run: Run) -> None:
+    def test_connections_that_nobody_needs_any_more_are_closed_but_for_a_few(self, run: Run) -> None:
         async def test() -> None:
-            together = threading.Barrier(MAX_IDLE + 20)
+            many, few = SPARE + 20, 4
+            together = threading.Barrier(many)
+            begun = threading.Barrier(few)
+
+            def script(peer: Peer) -> None:
+                while request := peer.read_request():
+                    (begun if b"/few" in request else together).wait(PATIENCE_S)
+                    peer.send(OK)
+
+            with ScriptedEngine(script) as engine:
+                docker = Engine(engine.path, max_connections=many, queue_s=5, connect_s=2, spare_s=0.2)
+                await asyncio.gather(*(fetch(docker) for _ in range(many)))
+                assert docker.use().idle == many
+                await asyncio.gather(*(fetch(docker, b"/few") for _ in range(few)))
+                await until(lambda: engine.open == SPARE)
+                await asyncio.gather(*(fetch(docker, b"/few") for _ in range(few)))
+                assert docker.use().idle == SPARE
+                docker.close()
+                await until(lambda: engine.open == 0)
+
+        run(test())
+
+    def test_connections_that_are_needed_again_and_again_stay(self, run: Run) -> None:
+        async def test() -> None:
+            many = SPARE + 4
+            together = threading.Barrier(many)
 
             def script(peer: Peer) -> None:
                 while peer.read_request():
@@ -289,11 +314,12 @@ class TestPool:
                     peer.send(OK)
 
             with ScriptedEngine(script) as engine:
-                docker = client(engine, max_connections=MAX_IDLE + 20)
-                await asyncio.gather(*(fetch(docker) for _ in range(MAX_IDLE + 20)))
-                await until(lambda: engine.open == MAX_IDLE)
+                docker = Engine(engine.path, max_connections=many, queue_s=5, connect_s=2, spare_s=0.2)
+                ended = asyncio.get_running_loop().time() + 1
+                while asyncio.get_running_loop().time() < ended:
+                    await asyncio.gather(*(fetch(docker) for _ in range(many)))
+                assert engine.connections == many
                 docker.close()
-                await until(lambda: engine.open == 0)
 
         run(test())
 
