@@ -33,8 +33,12 @@ EMPTY_HASH = EMPTY_BODY_HASH.encode()
 class Connection(Protocol):
     """What the server knows of a caller and ASGI cannot say; `server.py` puts it into `scope["docker_runner"]`."""
 
+    method: str
+    """Of the request, in upper case."""
     target: bytes
     """The request target, byte for byte as it stood in the request line."""
+    headers: list[tuple[bytes, bytes]]
+    """The header fields, in order, names in lower case."""
     disconnected: bool
     """The caller has gone."""
     response_started: bool
@@ -49,6 +53,10 @@ class Connection(Protocol):
     """Bytes of the request's body so far, verified or not."""
     sent: int
     """Bytes of the answer's body so far."""
+
+    @property
+    def scope(self) -> Scope:
+        """ASGI's, of this request."""
 
     def abort(self) -> None:
         """Close the connection so that the caller cannot take what it has got for a complete answer."""
@@ -149,7 +157,7 @@ class Authentication:
             return
         connection.on_disconnect(task.cancel)
         current_request.set(connection.request_id)
-        request = request or Request(self, scope, receive, connection)
+        request = request or Request(self, connection, receive)
         told: RunnerError | None = None
         try:
             if not request.admitted:
@@ -218,59 +226,38 @@ class Request:
     It holds what was taken for it: nonce, body, a place among those served, part of the budget.
     """
 
-    __slots__ = (
-        "_layer",
-        "_nonce",
-        "_place",
-        "_receive",
-        "_reserved",
-        "_scope",
-        "admitted",
-        "asked",
-        "body",
-        "broke",
-        "connection",
-        "headers",
-        "key",
-        "lasting",
-        "method",
-        "signed",
-        "started",
-        "target",
-        "verified",
-    )
+    body: Body | SignedChunks = NO_BODY
+    key: str | None = None
+    """The name of the key that signed, once that is verified."""
+    signed = True
+    """False for the local socket's unsigned requests."""
+    admitted = False
+    """It is verified whole, or needs not be."""
+    verified = False
+    """It needed to be, and is."""
+    asked: Asked | None = None
+    """What it asks for: said by the layer that knows, for the audit log and the metrics."""
+    lasting = False
+    """It is counted among the streams."""
+    broke: RunnerError | None = None
+    """What was told within an answer that had begun well, for the metrics."""
+    _reserved = 0
+    _nonce: bytes | None = None
+    _place: Places | None = None
 
-    def __init__(self, layer: Authentication, scope: Scope, receive: Receive, connection: Connection) -> None:
-        self.method: bytes = scope.get("method", "GET").encode()
-        self.target = connection.target
-        """As it was sent, without the prefix of a proxy in front."""
-        prefix = layer.path_prefix
-        if prefix and self.target.startswith(prefix + b"/"):
-            self.target = self.target[len(prefix) :]
-        self.headers: Headers = scope["headers"]
-        self.body: Body | SignedChunks = NO_BODY
-        self.key: str | None = None
-        """The name of the key that signed, once that is verified."""
-        self.connection = connection
-        self.signed = True
-        """False for the local socket's unsigned requests."""
-        self.admitted = False
-        """It is verified whole, or needs not be."""
-        self.verified = False
-        """It needed to be, and is."""
-        self.asked: Asked | None = None
-        """What it asks for: said by the layer that knows, for the audit log and the metrics."""
-        self.lasting = False
-        """It is counted among the streams."""
-        self.broke: RunnerError | None = None
-        """What was told within an answer that had begun well, for the metrics."""
+    def __init__(self, layer: Authentication, connection: Connection, receive: Receive) -> None:
         self.started = time.perf_counter()
+        self.connection = connection
+        self.method = connection.method.encode()
+        self.headers: Headers = connection.headers
+        target = connection.target
+        prefix = layer.path_prefix
+        if prefix and target.startswith(prefix + b"/"):
+            target = target[len(prefix) :]
+        self.target = target
+        """As it was sent, without the prefix of a proxy in front."""
         self._layer = layer
-        self._scope = scope
         self._receive = receive
-        self._reserved = 0
-        self._nonce: bytes | None = None
-        self._place: Places | None = None
 
     async def admit(self) -> None:
         """Verify the request and put it into the scope, for what is behind.
@@ -278,7 +265,7 @@ class Request:
         Raises:
             RunnerError: the request is refused.
         """
-        scope = self._scope
+        scope = self.connection.scope
         if not (
             self.target.startswith(b"/v1/")
             and self.target.partition(b"?")[0] in UNSIGNED_PATHS
@@ -294,26 +281,29 @@ class Request:
         self.admitted = True
         scope["docker_runner.request"] = self
 
-    def admit_bare(self) -> bool:
+    def admit_bare(self, found: dict[bytes, bytes]) -> bool:
         """Verify a signed request for the engine face that is a head alone. False: it is something else.
+
+        Args:
+            found: the header fields by name, one for each.
 
         Raises:
             RunnerError: the request is refused.
         """
         if self.connection.local or self.target.startswith(b"/v1/"):
             return False
-        credentials = read_credentials(self.headers)
-        if credentials.content_hash is not None or _announced_body(self.headers)[0]:
+        credentials = read_credentials(self.headers, found)
+        announces_body = b"transfer-encoding" in found or found.get(b"content-length", b"0").strip(b"0")
+        if credentials.content_hash is not None or announces_body:
             return False
         self._take_in(credentials, EMPTY_HASH)
         self.verified = self.admitted = True
-        self._scope["docker_runner.request"] = self
         return True
 
     @property
     def client(self) -> str:
         """Who asks, as text."""
-        return self.connection.local or address(self._scope["client"])
+        return self.connection.local or address(self.connection.scope["client"])
 
     def give_back(self) -> None:
         """Release the nonce: for a retryable failure, before that is told."""
@@ -335,13 +325,13 @@ class Request:
         has_body, length = _announced_body(self.headers)
         if length > layer.limits.max_upload:
             raise too_large(layer.limits.max_upload)
-        if has_body and self._scope["type"] == "http":
+        if has_body and self.connection.scope["type"] == "http":
             await self._gather(layer.limits.max_upload, None)
 
     async def _verify(self) -> None:
         layer, verifier = self._layer, self._layer.verifier
         credentials = read_credentials(self.headers)
-        has_body, length = _announced_body(self.headers) if self._scope["type"] == "http" else (False, 0)
+        has_body, length = _announced_body(self.headers) if self.connection.scope["type"] == "http" else (False, 0)
         announced = credentials.content_hash
         limit = layer.limits.max_body if announced is None else layer.limits.max_upload
         if has_body:
@@ -359,7 +349,7 @@ class Request:
             actual = (await self._gather(limit, deadline_s)).encode()
         if announced is None:
             self._take_in(credentials, actual)
-        elif actual != announced and self._scope["type"] == "http":
+        elif actual != announced and self.connection.scope["type"] == "http":
             raise RunnerError("body_hash_mismatch", "the body is not the one that X-DR-Content-SHA256 announced")
 
     def _take_in(self, credentials: Credentials, content_hash: bytes) -> bytes:
@@ -408,7 +398,7 @@ class Request:
 
     async def _begin_chunks(self, secret: bytes, credentials: Credentials) -> None:
         """The body comes as signed chunks: wait for the first; the others are verified as they are forwarded."""
-        if self._scope["type"] != "http":
+        if self.connection.scope["type"] != "http":
             raise RunnerError("invalid_chunk", "a WebSocket's request body cannot come as signed chunks")
         reader = SignedChunkReader(secret, base64.b64decode(credentials.signature))
         body = self.body = SignedChunks(
@@ -435,7 +425,7 @@ class Request:
         if error.retryable:
             self.give_back()
         path = self.target.partition(b"?")[0][:200].decode("latin-1")
-        method = self._scope.get("method", "WS")
+        method = self.connection.scope.get("method", "WS")
         log.info("%s %r from %s: %s: %r", method, path, self.client, error.code, error.message)
 
     def close(self) -> None:

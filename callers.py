@@ -1,7 +1,7 @@
 """What the server knows of a caller, whichever protocol it speaks: its leaving, its id, its end of the connection."""
 
 import asyncio
-import os
+import random
 import re
 import select
 import socket
@@ -23,8 +23,8 @@ def well_formed_id(headers: Headers) -> str:
 
 
 def new_id() -> str:
-    """An id for a request that has none."""
-    return os.urandom(8).hex()
+    """An id for a request that has none. It tells requests apart, and is no secret."""
+    return f"{random.getrandbits(64):016x}"
 
 
 def peer(transport: asyncio.BaseTransport) -> str:
@@ -53,13 +53,10 @@ def hung_up(transport: asyncio.BaseTransport) -> bool:
 class Caller:
     """The callbacks of an `admission.Connection`; each is called once, at once if its time has already come."""
 
-    __slots__ = ("_draining", "_has_left", "_on_disconnect", "_on_drain")
-
-    def __init__(self) -> None:
-        self._on_disconnect: Callback | None = None
-        self._on_drain: Callback | None = None
-        self._has_left = False
-        self._draining = False
+    _on_disconnect: Callback | None = None
+    _on_drain: Callback | None = None
+    _has_left = False
+    _draining = False
 
     def on_disconnect(self, callback: Callback) -> None:
         self._on_disconnect = callback

@@ -1,9 +1,11 @@
 """One HTTP request of a caller and its answer: ASGI's `receive` and `send`, and the bytes that they stand for."""
 
 import asyncio
+import functools
 import http
 from collections.abc import Iterable
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from callers import Caller, abort
 
@@ -31,6 +33,8 @@ class Peer(Protocol):
 
     transport: asyncio.Transport
     write_paused: bool
+    scope: dict[str, Any]
+    """What of ASGI's scope is the same for all requests."""
 
     async def drain(self) -> None:
         """Wait until the caller has read enough for more to be written."""
@@ -53,72 +57,70 @@ class Cycle(Caller):
 
     Args:
         peer: the connection.
-        scope: of ASGI.
+        method, version: of the request, as ASGI has them.
         target: as it stood in the request line.
+        headers: the header fields, names in lower case.
+        found: the same by name, one for each.
         request_id: the caller's, or one made for it.
         local: who asks on the local socket.
         keep_alive: the connection stays open after the answer, as far as the caller is concerned.
-        expects_continue: the caller waits for a `100 Continue`.
     """
 
-    __slots__ = (
-        "_body",
-        "_body_size",
-        "_chunked",
-        "_end_untold",
-        "_expected",
-        "_expects_continue",
-        "_head",
-        "_is_head_request",
-        "_peer",
-        "_wanted",
-        "disconnected",
-        "keep_alive",
-        "local",
-        "more_body",
-        "received",
-        "request_id",
-        "response_complete",
-        "response_started",
-        "scope",
-        "sent",
-        "status",
-        "target",
-    )
+    disconnected = False
+    response_started = False
+    response_complete = False
+    status = 0
+    received = 0
+    sent = 0
+    more_body = True
+    """The end of the request's body has not come yet."""
+    _body_size = 0
+    _end_untold = False
+    _wanted: asyncio.Future[None] | None = None
+    _head: bytes | None = None
+    _chunked: bool | None = None
+    _expected = 0
 
     def __init__(
         self,
         peer: Peer,
-        scope: dict[str, Any],
+        method: str,
+        version: str,
         target: bytes,
+        headers: list[tuple[bytes, bytes]],
+        found: dict[bytes, bytes],
         request_id: str,
         local: str,
         *,
         keep_alive: bool,
-        expects_continue: bool,
     ) -> None:
-        super().__init__()
-        self.scope = scope
+        self.method = method
+        self.version = version
         self.target = target
+        self.headers = headers
+        self.found = found
         self.request_id = request_id
         self.local = local
         self.keep_alive = keep_alive
-        self.disconnected = self.response_started = self.response_complete = False
-        self.status = 0
-        self.received = 0
-        self.sent = 0
-        self.more_body = True
-        """The end of the request's body has not come yet."""
         self._peer = peer
-        self._expects_continue = expects_continue
+        self._expects_continue = found.get(b"expect", b"").lower() == b"100-continue"
         self._body: list[bytes] = []
-        self._body_size = 0
-        self._end_untold = False
-        self._wanted: asyncio.Future[None] | None = None
-        self._head: bytes | None = None
-        self._is_head_request = scope["method"] == "HEAD"
-        self._chunked: bool | None = None
-        self._expected = 0
+
+    @functools.cached_property
+    def scope(self) -> dict[str, Any]:
+        """ASGI's. Made when it is first asked for: the short way has no use for it."""
+        target, _, query = self.target.partition(b"?")
+        path = target.decode("latin-1")
+        return {
+            **self._peer.scope,
+            "method": self.method,
+            "http_version": self.version,
+            "headers": self.headers,
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": target,
+            "query_string": query,
+            "docker_runner": self,
+        }
 
     def abort(self) -> None:
         """See `admission.Connection`."""
@@ -141,15 +143,13 @@ class Cycle(Caller):
         self.response_started = True
         self._send_body(body, last=True)
 
-    def pass_on(self, status: int, fields: bytes, body: bytes) -> None:
+    def pass_on(self, status: int, fields: bytes, body: bytes, *, chunked: bool) -> None:
         """As `respond`, with header fields that travel whole, as they came; not for HTTP/1.0 and status 204."""
         self.status = status
         self.response_started = True
-        own = b"x-request-id: %b\r\n" % self.request_id.encode()
-        if not self.keep_alive:
-            own += b"connection: close\r\n"
-        self._head = b"%b%b%b\r\n" % (STATUS_LINES[status], own, fields)
-        self._chunked = b"\ntransfer-encoding:" in b"\n" + fields.lower()
+        end = b"" if self.keep_alive else b"connection: close\r\n"
+        self._head = b"%bx-request-id: %b\r\n%b%b\r\n" % (STATUS_LINES[status], self.request_id.encode(), end, fields)
+        self._chunked = chunked
         self._expected = -1  # The engine's parser has counted.
         self._send_body(body, last=True)
 
@@ -243,12 +243,12 @@ class Cycle(Caller):
             lines.append(b"%b: %b\r\n" % (name, value))
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
-        if self._is_head_request or status in (204, 304):
+        if self.method == "HEAD" or status in (204, 304):
             self._expected = 0
             self._chunked = False
         elif self._chunked is None:
             # An HTTP/1.0 caller knows no chunks: its answer ends with the connection.
-            self._chunked = self.scope["http_version"] != "1.0"
+            self._chunked = self.version != "1.0"
             if self._chunked:
                 lines.append(b"transfer-encoding: chunked\r\n")
             else:
@@ -268,7 +268,7 @@ class Cycle(Caller):
         self.sent += len(body)
         parts = [] if self._head is None else [self._head]
         self._head = None
-        if self._is_head_request:
+        if self.method == "HEAD":
             pass
         elif self._chunked:
             if body:

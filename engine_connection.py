@@ -10,6 +10,7 @@ that the engine notices.
 import asyncio
 import contextlib
 import enum
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -22,8 +23,6 @@ from errors import RunnerError
 
 MAX_HEAD = 512 * 1024
 """Security limit: bytes of an answer's head."""
-
-_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
 class _State(enum.Enum):
@@ -52,6 +51,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.state = _State.IDLE
         self._sock = sock
+        self._events = select.poll()
+        self._events.register(sock.fileno(), select.POLLIN)
         self._on_free = on_free
         self._on_lost = on_lost
         self._on_answered = on_answered
@@ -63,18 +64,12 @@ class Connection(asyncio.Protocol):
         self._answer: EngineResponse | None = None
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._parser = httptools.HttpResponseParser(self)
 
     def alive(self) -> bool:
         """Whether a kept connection still stands; sees a close that the event loop has not reported yet."""
-        if self.state is not _State.IDLE:
-            return False
-        try:
-            self._sock.recv(1, _PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False  # Closed, or the engine speaks out of turn.
+        # Whatever poll(2) has to tell, it is closed, or the engine speaks out of turn.
+        return self.state is _State.IDLE and not self._events.poll(0)
 
     def begin(
         self,
@@ -99,7 +94,6 @@ class Connection(asyncio.Protocol):
             head_s: time limit on the answer's head.
             overflow: see `Engine.request`.
         """
-        self._parser = httptools.HttpResponseParser(self)
         self._method = method
         self._asks_upgrade = upgrade
         self._sent = whole
@@ -253,6 +247,7 @@ class Connection(asyncio.Protocol):
         if self._operation:
             self._on_answered(self._operation, time.perf_counter() - self._began)
         answer.fields = fields
+        answer.lowered = lowered = b"\n" + fields.lower()
         if status == 101:
             return
         self._keep = self._parser.should_keep_alive()
@@ -263,13 +258,12 @@ class Connection(asyncio.Protocol):
                 name.lower() == b"connection" and value.lower() == b"close" for name, value in answer.headers
             )
         elif status not in (204, 304):
-            names = b"\r\n" + fields.lower()
-            is_coded = b"\r\ntransfer-encoding:" in names
-            if is_coded and [
+            answer.chunked = b"\ntransfer-encoding:" in lowered
+            if answer.chunked and [
                 value.lower() for name, value in answer.headers if name.lower() == b"transfer-encoding"
             ] != [b"chunked"]:
                 raise ValueError("the engine sent a transfer coding that nobody asked for")
-            self._until_eof = not is_coded and b"\r\ncontent-length:" not in names
+            self._until_eof = not answer.chunked and b"\ncontent-length:" not in lowered
 
     def on_body(self, body: bytes) -> None:
         """httptools."""
@@ -311,6 +305,8 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
             self.state = _State.IDLE
             self._answer = None
+            if self._method == b"HEAD":
+                self._parser = httptools.HttpResponseParser(self)  # The used one waits for a body.
             answer.detach()
             self._on_free(self)
         else:

@@ -48,37 +48,27 @@ class EngineResponse:
     from the engine, and `write` and `write_eof` send on it.
     """
 
-    __slots__ = (
-        "_chunks",
-        "_connection",
-        "_failure",
-        "_loop",
-        "_overflow",
-        "_size",
-        "_waiter",
-        "_writer",
-        "complete",
-        "fields",
-        "on_change",
-        "status",
-    )
+    status = 0
+    fields = b""
+    """The header fields as they came, each with the end of its line."""
+    lowered = b"\n"
+    """The same in lower case, behind a newline: a name's beginning is found by the newline before it."""
+    chunked = False
+    """The body comes in chunks."""
+    complete = False
+    """The whole body has arrived (some of it may still wait to be taken). Excludes a `failure`."""
+    on_change: Callable[[], object] | None = None
+    """Called after each read, and when the answer fails; for who looks instead of waiting."""
+    _failure: Exception | None = None
+    _size = 0
+    _waiter: asyncio.Future[None] | None = None
+    _writer: asyncio.Task[None] | None = None
 
     def __init__(self, connection: Line, overflow: Overflow | None, loop: asyncio.AbstractEventLoop) -> None:
-        self.status = 0
-        self.fields = b""
-        """The header fields as they came, each with the end of its line."""
-        self.complete = False
-        """The whole body has arrived (some of it may still wait to be taken). Excludes a `failure`."""
-        self.on_change: Callable[[], object] | None = None
-        """Called after each read, and when the answer fails; for who looks instead of waiting."""
         self._connection: Line | None = connection
         self._loop = loop
         self._overflow = overflow
-        self._failure: Exception | None = None
         self._chunks: list[bytes] = []
-        self._size = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self._writer: asyncio.Task[None] | None = None
 
     # For the caller.
 
@@ -94,7 +84,7 @@ class EngineResponse:
     @property
     def from_podman(self) -> bool:
         """Whether Podman answered; see docs/engines.md for what that changes."""
-        return any(name.lower() == b"libpod-api-version" for name, _ in self.headers)
+        return b"\nlibpod-api-version:" in self.lowered
 
     @property
     def ended(self) -> bool:

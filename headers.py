@@ -30,12 +30,12 @@ _KEPT_BACK = re.compile(
 )
 
 
-def travel_whole(fields: bytes) -> bool:
+def travel_whole(lowered: bytes) -> bool:
     """Whether all of an answer's header fields travel on, `Transfer-Encoding: chunked` included.
 
-    `fields` are lines as they came; nothing stands between a name and its colon.
+    `lowered` are their lines in lower case behind a newline; nothing stands between a name and its colon.
     """
-    return _KEPT_BACK.search(b"\n" + fields.lower()) is None
+    return _KEPT_BACK.search(lowered) is None
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

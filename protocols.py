@@ -17,7 +17,6 @@ import asyncio
 from asyncio import TimerHandle
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
-from urllib.parse import unquote
 
 import httptools
 import uvicorn
@@ -91,18 +90,20 @@ class HttpProtocol(asyncio.Protocol):
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._local = ""
-        self._connection_fields: dict[str, Any] = {}
+        self.scope: dict[str, Any] = {}
         self.write_paused = False
         self._writable: asyncio.Future[None] | None = None
         self._read_paused = False
         # Of the request whose head comes, or came last.
         self._cycle: Cycle | None = None
         self._unserved: Cycle | None = None
-        self._scope: dict[str, Any] = {}
+        self._method = ""
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
         self._in_head = False
         self._head_size = 0
+        """Of what came before the latest read."""
+        self._read_size = 0
         self._violation: RunnerError | None = None
         # Of its body.
         self._body_came = False
@@ -118,7 +119,7 @@ class HttpProtocol(asyncio.Protocol):
         """asyncio.Protocol."""
         self.transport = cast(asyncio.Transport, transport)
         self._connections.add(cast(Any, self))
-        self._connection_fields = {
+        self.scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "server": get_local_addr(self.transport),
@@ -156,6 +157,7 @@ class HttpProtocol(asyncio.Protocol):
                 self._refuse(RunnerError("pipelining_refused", "more bytes came before the answer was complete"))
             return
         self._body_came = False
+        self._read_size = len(data)
         try:
             try:
                 self._parser.feed_data(data)
@@ -238,6 +240,7 @@ class HttpProtocol(asyncio.Protocol):
             )
         self._in_head = True
         self._head_size = 0
+        self._method = ""
         self._url = b""
         self._fields = []
 
@@ -258,32 +261,24 @@ class HttpProtocol(asyncio.Protocol):
             self._timer = None
         parser, url, fields = self._parser, self._url, self._fields
         version = parser.get_http_version()
-        target, _, query = url.partition(b"?")
-        path = target.decode("latin-1")
-        scope = self._scope = {
-            **self._connection_fields,
-            "method": parser.get_method().decode("ascii"),
-            "http_version": version,
-            "headers": fields,
-            "path": unquote(path) if "%" in path else path,
-            "raw_path": target,
-            "query_string": query,
-        }
+        self._method = parser.get_method().decode("ascii")
         found = dict(fields)
         try:
-            request_head.check(version, url, fields, found)
+            request_head.check(version, url, fields, found, self._head_size + self._read_size)
         except RunnerError as error:
             raise self._violates(error) from None
-        if parser.should_upgrade() and request_head.is_websocket(scope["method"], fields):
+        if parser.should_upgrade() and request_head.is_websocket(self._method, fields):
             return
-        cycle = self._cycle = scope["docker_runner"] = Cycle(
+        cycle = self._cycle = Cycle(
             self,
-            scope,
+            self._method,
+            version,
             url,
+            fields,
+            found,
             well_formed_id(fields) if b"x-request-id" in found else new_id(),
             self._local,
             keep_alive=version != "1.0" and parser.should_keep_alive(),
-            expects_continue=found.get(b"expect", b"").lower() == b"100-continue",
         )
         self._unserved = cycle  # Not before all that came with it is known to be well-formed.
 
@@ -343,7 +338,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def _upgrade(self, rest: bytes) -> None:
         """The parser has stopped at a head that asks for an upgrade; `rest` came after it."""
-        if request_head.is_websocket(self._scope["method"], self._fields):
+        if request_head.is_websocket(self._method, self._fields):
             if rest:
                 raise self._violates(RunnerError("pipelining_refused", "bytes came before the upgrade was answered"))
             self._become_websocket()
@@ -401,9 +396,7 @@ class HttpProtocol(asyncio.Protocol):
         fields = b"".join(b"%b: %b\r\n" % field for field in headers)
         self.transport.write(b"%bconnection: close\r\n%b\r\n%b" % (STATUS_LINES[status], fields, body))
         self._linger()
-        client = self._connection_fields["client"]
-        method = self._scope.get("method", "")
-        self._on_refused(Refusal(request_id, client, self._local, method, self._url, error))
+        self._on_refused(Refusal(request_id, self.scope["client"], self._local, self._method, self._url, error))
 
     def _linger(self) -> None:
         """Close, but read on for a while, so that a caller that is still sending gets to read the answer."""

@@ -33,26 +33,29 @@ def check_size(target: bytes, fields: Fields, size: int) -> None:
         raise RunnerError("headers_too_large", f"more than {MAX_FIELDS} header fields or {MAX_HEAD} bytes")
 
 
-def check(version: str, target: bytes, fields: Fields, found: dict[bytes, bytes]) -> None:
-    """Of a whole head. `found` is `dict(fields)`, which is shorter where a name stands twice.
+def check(version: str, target: bytes, fields: Fields, found: dict[bytes, bytes], size: int) -> None:
+    """Of a whole head. `found` is `dict(fields)`, which is shorter where a name stands twice; `size` may be too much.
 
     Raises:
         RunnerError: as `check_size`; `bad_request`.
     """
     if version not in ("1.0", "1.1"):
         raise RunnerError("bad_request", "HTTP/1.1 is spoken here")
-    check_size(target, fields, len(target) + sum([len(name) + len(value) + 4 for name, value in fields]))
-    hosts = codings = 0
-    for name, value in fields if len(found) < len(fields) else found.items():
-        if name == b"host":
-            hosts += 1
-        elif name == b"transfer-encoding":
-            codings += 1
-            if value != b"chunked" or codings > 1 or version == "1.0":
-                raise RunnerError("bad_request", "the only transfer coding is `chunked`, of HTTP/1.1")
-        elif name == b"content-length" and not _LENGTH.fullmatch(value):
-            raise RunnerError("bad_request", "Content-Length must be decimal digits")
-    if hosts > 1 or (not hosts and version == "1.1"):
+    if size > MAX_HEAD:
+        size = len(target) + sum([len(name) + len(value) + 4 for name, value in fields])
+    check_size(target, fields, size)
+    twice: Sequence[bytes] = ()
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = [name for name in found if names.count(name) > 1]
+    coding = found.get(b"transfer-encoding")
+    if coding is not None and (coding != b"chunked" or b"transfer-encoding" in twice or version == "1.0"):
+        raise RunnerError("bad_request", "the only transfer coding is `chunked`, of HTTP/1.1")
+    if b"content-length" in found:
+        for name, value in fields:
+            if name == b"content-length" and not _LENGTH.fullmatch(value):
+                raise RunnerError("bad_request", "Content-Length must be decimal digits")
+    if b"host" in twice or (b"host" not in found and version == "1.1"):
         raise RunnerError("bad_request", "one Host header is needed, and no more")
 
 

@@ -38,9 +38,9 @@ class Shortcut:
         The ordinary way then finds in its scope the verified request; what was refused here is refused there again, and
         told.
         """
-        request = Request(self._authentication, cycle.scope, cycle.receive, cycle)
+        request = Request(self._authentication, cycle, cycle.receive)
         try:
-            if not request.admit_bare():
+            if not request.admit_bare(cycle.found):
                 return False
         except RunnerError:
             request.give_back()
@@ -48,8 +48,9 @@ class Shortcut:
         try:
             answer = self._engine_face.begin(request)
         except RunnerError:
-            return False
+            answer = None
         if answer is None:
+            cycle.scope["docker_runner.request"] = request
             return False
         _Exchange(self._authentication, request, cycle, answer)
         return True
@@ -82,8 +83,8 @@ class _Exchange:
         answer.on_change = None
         cycle.forget()
         try:
-            if answer.status != 204 and cycle.scope["http_version"] == "1.1" and travel_whole(answer.fields):
-                cycle.pass_on(answer.status, answer.fields, answer.take())
+            if answer.status != 204 and cycle.version == "1.1" and travel_whole(answer.lowered):
+                cycle.pass_on(answer.status, answer.fields, answer.take(), chunked=answer.chunked)
             else:
                 cycle.respond(answer.status, end_to_end(answer.headers, HOP_BY_HOP), answer.take())
         except Exception:
@@ -97,6 +98,7 @@ class _Exchange:
         if answer.on_change is None:
             return
         answer.on_change = None
+        cycle.scope["docker_runner.request"] = self._request
         if not isinstance(answer.failure, NotProcessedError):
             cycle.scope["docker_runner.answer"] = answer
         cycle.serve()
@@ -105,5 +107,5 @@ class _Exchange:
         """The caller has gone."""
         self._answer.on_change = None
         self._answer.close()
-        self._cycle.scope.pop("docker_runner.request")  # A task that was to go on with it finds nothing to end.
+        self._cycle.scope.pop("docker_runner.request", None)  # A task that was to go on with it finds nothing to end.
         self._authentication.ended(self._request, None)

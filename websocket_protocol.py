@@ -30,8 +30,9 @@ log.setLevel(logging.WARNING)  # What uvicorn and websockets say below that hold
 class WebSocket(Caller, WebSocketsSansIOProtocol):
     """One WebSocket; it is the `admission.Connection` of its upgrade request."""
 
+    method = "GET"
+
     def __init__(self, target: bytes, request_id: str, local: str, **uvicorns: Any) -> None:
-        Caller.__init__(self)
         WebSocketsSansIOProtocol.__init__(self, **uvicorns)
         self.logger = self.conn.logger = log
         self.conn.debug = False
@@ -43,6 +44,11 @@ class WebSocket(Caller, WebSocketsSansIOProtocol):
         self.sent = 0
         self._unfed = b""
         self._feed_size = LEAST_FEED
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """See `admission.Connection`."""
+        return cast(list[tuple[bytes, bytes]], self.scope["headers"])
 
     @property
     def response_started(self) -> bool:
