@@ -20,6 +20,7 @@ import httptools
 
 from engine_response import HIGH_WATER, EngineResponse, NotProcessedError, Overflow
 from errors import RunnerError
+from headers import travel_whole
 
 MAX_HEAD = 512 * 1024
 """Security limit: bytes of an answer's head."""
@@ -229,25 +230,29 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """httptools. It has checked the fields, which are cut out of what came: most are passed on as they stand."""
         status = self._parser.get_status_code()
-        head, _, rest = self._head.lstrip(b"\r\n").partition(b"\r\n\r\n")  # The parser passes over empty lines too.
+        head = self._head if self._head.startswith(b"H") else self._head.lstrip(b"\r\n")  # As the parser does.
+        end = head.find(b"\r\n\r\n")
         if 100 <= status < 200 and status != 101:
-            self._head = rest
+            self._head = head[end + 4 :]
             return
         if not (200 <= status < 600 or (status == 101 and self._asks_upgrade)):
             raise ValueError("the engine sent a status that answers nothing")
         answer = self._answer
         assert answer is not None
-        fields = head.partition(b"\r\n")[2]
-        if fields:
-            fields += b"\r\n"
-        if fields.count(b"\n") != fields.count(b"\r\n") or b"\n " in fields or b"\n\t" in fields:
+        fields = head[head.find(b"\r\n") + 2 : end + 2]
+        answer.lowered = lowered = b"\n" + fields.lower()
+        answer.travels_whole = travel_whole(lowered)
+        if (
+            end < 0
+            or fields.count(b"\n") != fields.count(b"\r\n")
+            or (not answer.travels_whole and (b"\n " in lowered or b"\n\t" in lowered))
+        ):
             raise ValueError("the engine sent a folded header field")
         self._head = b""
         answer.status = status
         if self._operation:
             self._on_answered(self._operation, time.perf_counter() - self._began)
         answer.fields = fields
-        answer.lowered = lowered = b"\n" + fields.lower()
         if status == 101:
             return
         self._keep = self._parser.should_keep_alive()

@@ -53,6 +53,8 @@ class EngineResponse:
     """The header fields as they came, each with the end of its line."""
     lowered = b"\n"
     """The same in lower case, behind a newline: a name's beginning is found by the newline before it."""
+    travels_whole = False
+    """See `headers.travel_whole`."""
     chunked = False
     """The body comes in chunks."""
     complete = False

@@ -4,7 +4,7 @@ Source: RFC 9110, section 7.6.1.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -26,16 +26,24 @@ NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 
 
 _KEPT_BACK = re.compile(
-    b"\n(?:x-dr-|(?:%b):)" % b"|".join(sorted(HOP_BY_HOP - {b"transfer-encoding"} | {b"x-request-id"}))
+    b"\n(?:[ \t]|x-dr-|(?:%b):)" % b"|".join(sorted(HOP_BY_HOP - {b"transfer-encoding"} | {b"x-request-id"}))
 )
 
 
 def travel_whole(lowered: bytes) -> bool:
     """Whether all of an answer's header fields travel on, `Transfer-Encoding: chunked` included.
 
-    `lowered` are their lines in lower case behind a newline; nothing stands between a name and its colon.
+    `lowered` are their lines in lower case behind a newline; nothing stands between a name and its colon. Folded fields
+    do not travel.
     """
     return _KEPT_BACK.search(lowered) is None
+
+
+def forwarded(headers: Iterable[tuple[bytes, bytes]], found: Container[bytes]) -> Headers:
+    """Of a request's headers, names in lower case, those that travel on; `found` are the names."""
+    if b"connection" in found:
+        return end_to_end(headers, NOT_FORWARDED)
+    return [field for field in headers if not (field[0] in NOT_FORWARDED or field[0].startswith(b"x-dr-"))]
 
 
 def end_to_end(headers: Iterable[tuple[bytes, bytes]], dropped: frozenset[bytes]) -> Headers:

@@ -6,7 +6,7 @@ connection is aborted: it never looks complete. Where the engine hands its conne
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from functools import partial
 from urllib.parse import parse_qs
 
@@ -22,7 +22,7 @@ from dockerapi import Engine
 from engine_response import EngineResponse, NotProcessedError
 from errors import RunnerError
 from expiry import USES, Expiry
-from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end
+from headers import HOP_BY_HOP, NOT_FORWARDED, end_to_end, forwarded
 from metrics import Metrics
 from operations import Kind, Operation
 from policy import Policies, Policy
@@ -117,8 +117,11 @@ class EngineFace:
                 if operation.kind is Kind.PROGRESS and isinstance(response.failure, RunnerError):
                     request.broke = response.failure  # It was told in-band.
 
-    def begin(self, request: Request) -> EngineResponse | None:
+    def begin(self, request: Request, found: Container[bytes]) -> EngineResponse | None:
         """Decide on a request that is a head alone, and send it, if nothing has to be waited for before.
+
+        Args:
+            found: the names of its headers.
 
         Raises:
             RunnerError: it is refused.
@@ -132,8 +135,8 @@ class EngineFace:
         return self._engine.begin(
             request.method,
             request.target,
-            end_to_end(request.headers, NOT_FORWARDED),
-            empty=_states_length(request),
+            forwarded(request.headers, found),
+            empty=b"content-length" in found,
             head_s=self._head_s if operation.quick else None,
             operation=operation.id,
         )

@@ -14,7 +14,7 @@ from admission import Authentication, Request
 from cycle import Cycle
 from engine_response import EngineResponse, NotProcessedError
 from errors import RunnerError
-from headers import HOP_BY_HOP, end_to_end, travel_whole
+from headers import HOP_BY_HOP, end_to_end
 from proxy import EngineFace
 
 log = logging.getLogger("docker_runner.shortcut")
@@ -46,7 +46,7 @@ class Shortcut:
             request.give_back()
             return False
         try:
-            answer = self._engine_face.begin(request)
+            answer = self._engine_face.begin(request, cycle.found)
         except RunnerError:
             answer = None
         if answer is None:
@@ -83,7 +83,7 @@ class _Exchange:
         answer.on_change = None
         cycle.forget()
         try:
-            if answer.status != 204 and cycle.version == "1.1" and travel_whole(answer.lowered):
+            if answer.status != 204 and cycle.version == "1.1" and answer.travels_whole:
                 cycle.pass_on(answer.status, answer.fields, answer.take(), chunked=answer.chunked)
             else:
                 cycle.respond(answer.status, end_to_end(answer.headers, HOP_BY_HOP), answer.take())
