@@ -91,7 +91,7 @@ class App:
             settings.path_prefix.encode(),
             settings.local_key or None,
         )
-        self.at_once = Shortcut(self.protected, self._engine_face)
+        self.at_once = Shortcut(self.protected, self._engine_face, reads_only=bool(settings.trusted_proxies))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""

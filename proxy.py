@@ -32,7 +32,7 @@ from streams import LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
-_READING = ("GET", "HEAD")
+READING = ("GET", "HEAD")
 _FALSE = ("", "0", "no", "false", "none")
 
 
@@ -143,7 +143,7 @@ class EngineFace:
 
     def _decide(self, request: Request, method: bytes) -> tuple[Operation, Policy]:
         operation = operations.decide(method, request.target)
-        changes = operation.method not in _READING
+        changes = operation.method not in READING
         request.asked = Asked(operation.id, changes, partial(_named, operation, request.target))
         return operation, self._policies().of(request.key)
 

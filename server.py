@@ -197,14 +197,12 @@ def create_server(
 ) -> Server:
     """A server of `app`; `run(sockets)` serves until SIGTERM. Times in seconds.
 
-    `at_once` is asked first, for requests that have come whole; not behind a trusted proxy, whose callers the
-    application sees through a layer of uvicorn's.
+    `at_once` is asked first, for requests that have come whole.
     """
-    shortcut = None if trusted_proxies else at_once
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s, max_connections, on_refused, shortcut)),
+        http=cast(Any, functools.partial(HttpProtocol, head_timeout_s, max_connections, on_refused, at_once)),
         ws=WebSocket,
         ws_max_size=MAX_WEBSOCKET_MESSAGE,
         ws_ping_interval=None,

@@ -110,6 +110,24 @@ def known(line: dict[str, Any], **fields: Any) -> None:
     }
 
 
+def test_behind_a_trusted_proxy_the_line_tells_who_asked_there(
+    engine: Engine, box: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    told = Told(tmp_path_factory.mktemp("audit") / "behind")
+    settings = {"DOCKER_RUNNER_TRUSTED_PROXIES": "127.0.0.1"}
+    proxied = {"X-Forwarded-For": "203.0.113.9"}
+    with told.path.open("wb") as out, Runner(engine.socket, settings, output=out.fileno()) as runner:
+        assert runner.request("GET", "/_ping", headers=proxied).body == b"OK"
+        for method, target, status in (
+            ("POST", f"/containers/{box}/pause", 204),
+            ("POST", f"/containers/{box}/unpause", 204),
+            ("GET", "/nowhere", 404),
+        ):
+            line = send(runner, told, method, target, headers=proxied)
+            assert (line["status"], line["client"].rpartition(":")[0] or line["client"]) == (status, "203.0.113.9")
+        assert runner.request("GET", f"/containers/{box}/json", headers=proxied).status == 200
+
+
 class TestWhatIsTold:
     def test_a_change(self, audited: Runner, told: Told, names: Names, image: str) -> None:
         name = names()
