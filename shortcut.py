@@ -8,6 +8,7 @@ connection, an answer in several pieces, an engine that fails, the end of the se
 where it stands.
 """
 
+import asyncio
 import logging
 
 from admission import Authentication, Request
@@ -16,6 +17,9 @@ from engine_response import EngineResponse, NotProcessedError
 from errors import RunnerError
 from headers import HOP_BY_HOP, end_to_end
 from proxy import READING, EngineFace
+
+HOLD_S = 0.001
+"""How long the beginning of an answer waits for the rest: the engine writes what is longer than 4 KiB in two pieces."""
 
 log = logging.getLogger("docker_runner.shortcut")
 
@@ -64,13 +68,14 @@ class Shortcut:
 class _Exchange:
     """A request that was sent to the engine, until its answer is there or the ordinary way takes over."""
 
-    __slots__ = ("_answer", "_authentication", "_cycle", "_request")
+    __slots__ = ("_answer", "_authentication", "_cycle", "_request", "_timer")
 
     def __init__(self, authentication: Authentication, request: Request, cycle: Cycle, answer: EngineResponse) -> None:
         self._authentication = authentication
         self._request = request
         self._cycle = cycle
         self._answer = answer
+        self._timer: asyncio.TimerHandle | None = None
         answer.on_change = self._look
         cycle.on_disconnect(self._left)
         cycle.on_drain(self._go_on)
@@ -79,13 +84,15 @@ class _Exchange:
         answer = self._answer
         if answer.complete:
             self._give()
-        elif answer.status or answer.failure is not None:
+        elif answer.failure is not None:
             self._go_on()
+        elif answer.status and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(HOLD_S, self._go_on)
 
     def _give(self) -> None:
         """The whole answer is there."""
         answer, cycle = self._answer, self._cycle
-        answer.on_change = None
+        self._stop_watching()
         cycle.forget()
         try:
             if answer.status != 204 and cycle.version == "1.1" and answer.travels_whole:
@@ -102,15 +109,20 @@ class _Exchange:
         answer, cycle = self._answer, self._cycle
         if answer.on_change is None:
             return
-        answer.on_change = None
+        self._stop_watching()
         cycle.scope["docker_runner.request"] = self._request
         if not isinstance(answer.failure, NotProcessedError):
             cycle.scope["docker_runner.answer"] = answer
         cycle.serve()
 
+    def _stop_watching(self) -> None:
+        self._answer.on_change = None
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _left(self) -> None:
         """The caller has gone."""
-        self._answer.on_change = None
+        self._stop_watching()
         self._answer.close()
         self._cycle.scope.pop("docker_runner.request", None)  # A task that was to go on with it finds nothing to end.
         self._authentication.ended(self._request, None)

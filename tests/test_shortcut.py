@@ -5,6 +5,7 @@ requests go the short way.
 """
 
 import contextlib
+import json
 import signal
 import socket
 from collections.abc import Iterator
@@ -152,12 +153,24 @@ class TestGoingOn:
             assert sock.recv(65536) == b"ok"
 
     def test_an_answer_that_breaks_off_does_not_look_complete(self, runner: Runner, scripted: ScriptedEngine) -> None:
-        warm(runner, scripted, after_a_ping(lambda peer: peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")))
+        def begins(peer: Peer) -> None:
+            peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")
+            peer.engine.go.wait()
+
+        warm(runner, scripted, after_a_ping(begins))
         with runner.connect() as sock:
             sock.sendall(signed_head("GET", "/info"))
             assert sock.recv(65536).endswith(b"\r\n\r\nok")
+            scripted.go.set()
             with pytest.raises(ConnectionResetError):
                 sock.recv(65536)
+
+    def test_one_that_breaks_off_before_any_of_it_was_given_is_told(
+        self, runner: Runner, scripted: ScriptedEngine
+    ) -> None:
+        warm(runner, scripted, after_a_ping(lambda peer: peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok")))
+        answer = runner.request("GET", "/info")
+        assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, "engine_cut_body")
 
     def test_no_answer_is_told_and_not_asked_again(self, runner: Runner, scripted: ScriptedEngine) -> None:
         warm(runner, scripted, after_a_ping(lambda peer: None))
