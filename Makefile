@@ -6,7 +6,7 @@ JOBS ?= 3
 
 MINUTES ?= 10
 
-.PHONY: help run test fuzz soak lint dist engine-stop clean
+.PHONY: help run test fuzz soak bench lint dist engine-stop clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -26,6 +26,10 @@ fuzz: ## the property tests with many examples, again and again for MINUTES (10)
 soak: ## all operations at once for MINUTES (10) while the engine halts and dies, then a look at what is left
 	@$(PYTHON) -m dev.prepare test
 	@.venv/bin/python tests/soak.py $(MINUTES) $(ARGS)
+
+bench: ## how fast it is, beside the engine itself and HAProxy: tables, JSON and a plot; make bench ARGS=--help
+	@$(PYTHON) -m dev.prepare bench
+	@exec .venv/bin/python -m bench $(ARGS)
 
 lint: ## ruff (lint and format) and mypy --strict
 	@$(PYTHON) -m dev.prepare lint

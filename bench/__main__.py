@@ -65,7 +65,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=SIZES, default="full", help="smoke: each load once, its figures worth nothing"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go as JSON")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/bench"), metavar="FOLDER", help="where JSON and plot go: build/bench"
+    )
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure that one's runner in the same rounds")
     parser.add_argument("--socket", help="the engine's; otherwise the one that `make run` would take")
     return parser.parse_args()
@@ -84,8 +86,10 @@ def main() -> None:
     found = verdicts(figures)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print("\n".join([*tables(figures), *judgement(found)]))
-    if options.json:
-        options.json.write_bytes(as_json(figures, found, about) + b"\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    written = options.out / "bench.json"
+    written.write_bytes(as_json(figures, found, about) + b"\n")
+    print(f"\n{written}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from bench.throughput import drive
 from dev import CHECKOUT, dist
 
 PYTHON = str(Path(sys.executable).resolve())
+ONE_FILE = "one file"
 HEALTH = b"GET /v1/health HTTP/1.1\r\nHost: bench\r\n\r\n"
 
 
@@ -29,12 +30,12 @@ def startup(stage: Stage, sizes: Sizes, figures: Figures) -> None:
     file, unpacked = str(dist.build(stage.folder)), stage.folder / "first"
     programs: dict[str, tuple[list[str], Mapping[str, str]]] = {
         RUNNER: ([sys.executable, str(CHECKOUT / "runner.py")], {}),
-        "one file": ([PYTHON, "-I", file], {"SHIV_ROOT": str(stage.folder / "kept")}),
+        ONE_FILE: ([PYTHON, "-I", file], {"SHIV_ROOT": str(stage.folder / "kept")}),
         "one file, first start": ([PYTHON, "-I", file], {"SHIV_ROOT": str(unpacked)}),
     }
     if stage.before:
         programs[BEFORE] = ([sys.executable, str(stage.before / "runner.py")], {})
-    _start(stage, *programs["one file"])  # unpacks
+    _start(stage, *programs[ONE_FILE])  # unpacks
     for _ in range(sizes.starts):
         shutil.rmtree(unpacked, ignore_errors=True)
         for name, (command, environ) in programs.items():

@@ -7,7 +7,7 @@ Standard library only, but for dist.py, because it runs with the system's Python
     podman_service.py  the same with Podman's API service, the second engine of the tests
     busybox.py         the tiny image that examples and tests run, imported from Debian's busybox
     packages.py        Debian packages: what is missing, and how to install it
-    prepare.py         puts it together for `make run`, `make test`, `make lint` and `make dist`
+    prepare.py         puts it together for `make run`, `make test`, `make bench`, ..
     dist.py            the one file of `make dist`
 """
 

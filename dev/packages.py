@@ -26,6 +26,7 @@ PRESENT: dict[str, Callable[[], bool]] = {
     "docker-compose": partial(_program, "docker-compose"),
     "docker-registry": partial(_program, "docker-registry"),
     "docker.io": partial(_program, "dockerd"),
+    "haproxy": partial(_program, "haproxy"),
     "iproute2": partial(_program, "ip"),
     "iptables": partial(_program, "iptables"),
     "nginx-light": partial(_program, "nginx"),

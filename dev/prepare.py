@@ -1,4 +1,4 @@
-"""Prepares the checkout, then starts what was asked for: `make run`, `make test`, `make lint`, `make dist`.
+"""Prepares the checkout for what was asked for: `make run`, `make test`, `make bench`, `make lint`, `make dist`.
 
 Each step looks first and does only what is missing, so that a second run is quick:
 packages, `.venv`, an engine, the secret, `.env`, the image for the try-out.
@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,9 +28,10 @@ ENGINE_PACKAGES = ["docker.io", "iptables", "iproute2"]
 PODMAN_PACKAGES = ["podman", "runc", "socat", "tini"]
 TRY_OUT_PACKAGES = ["curl", "busybox-static"]
 DEPLOY_PACKAGES = ["nginx-light", "caddy", "systemd"]
+BENCH_PACKAGES = [*VENV_PACKAGES, "busybox-static", "haproxy"]
 TEST_PACKAGES = [
     *(*VENV_PACKAGES, *TRY_OUT_PACKAGES, *DEPLOY_PACKAGES),
-    *("openssl", "docker-registry", "docker-compose", "nodejs", "npm"),
+    *("haproxy", "openssl", "docker-registry", "docker-compose", "nodejs", "npm"),
 ]
 UNPACKED_PACKAGES = ["prometheus"]
 SYSTEM_ENGINE_TIMEOUT_S = 30
@@ -264,18 +265,33 @@ def prepare_tests() -> None:
     NodeModules(CHECKOUT / "tests" / "sdk").ensure()
 
 
+def prepare_bench() -> None:
+    """What `make bench` needs, but for the engine, which it finds or starts."""
+    packages.install(BENCH_PACKAGES)
+    Venv(CHECKOUT).ensure(dev=True)
+
+
 def prepare_tools() -> None:
     """What `make lint` and `make dist` need."""
     packages.install(VENV_PACKAGES)
     Venv(CHECKOUT).ensure(dev=True)
 
 
+PURPOSES: Mapping[str, Callable[[], None]] = {
+    "run": run,
+    "test": prepare_tests,
+    "bench": prepare_bench,
+    "lint": prepare_tools,
+    "dist": prepare_tools,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m dev.prepare", description="Prepares the checkout.")
-    parser.add_argument("purpose", choices=["run", "test", "lint", "dist"], help="run: also starts the runner")
+    parser.add_argument("purpose", choices=list(PURPOSES), help="run: also starts the runner")
     purpose = parser.parse_args().purpose
     try:
-        {"run": run, "test": prepare_tests, "lint": prepare_tools, "dist": prepare_tools}[purpose]()
+        PURPOSES[purpose]()
     except (SetupError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
