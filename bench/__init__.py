@@ -6,6 +6,8 @@
     report.py      the table, the JSON
     subjects.py    what is measured: the engine's socket, HAProxy, the runner, the bridge before it
     stage.py       what a run makes on the engine, and takes away again
+    parts.py       the runner with a clock on each of its parts, for the profile
+    plot.py        the picture
     exchange.py    the generator's side of a connection: requests signed beforehand, answers read and counted
 
 The other files are the loads, one or a few functions each.

@@ -14,6 +14,7 @@ from bench.execs import execs
 from bench.figures import FULL, QUICK, SMOKE, Figures, Sizes
 from bench.latency import latency
 from bench.marks import verdicts
+from bench.profile import profile
 from bench.report import as_json, judgement, machine, tables
 from bench.stage import Stage, stage
 from bench.startup import memory, startup
@@ -32,6 +33,7 @@ LOADS: dict[str, Callable[[Stage, Sizes, Figures], None]] = {
     "idle": idle,
     "startup": startup,
     "memory": memory,
+    "profile": profile,
 }
 SIZES = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 

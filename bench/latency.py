@@ -25,18 +25,18 @@ def latency(stage: Stage, sizes: Sizes, figures: Figures) -> None:
         socks = [(each, stack.enter_context(closing(connect(each.address)))) for each in stage.subjects]
         for load, target in targets(stage, sizes).items():
             for subject, sock in socks:
-                _part(subject, sock, target, min(WARM_UP, sizes.requests))
-            slowest = max(min(_part(*each, target, 3)[0]) for each in socks)
+                part(subject, sock, target, min(WARM_UP, sizes.requests))
+            slowest = max(min(part(*each, target, 3)[0]) for each in socks)
             fitting = int(sizes.load_s / (slowest * sizes.requests * len(socks)))
             for _ in range(min(sizes.rounds, max(LEAST_ROUNDS, fitting))):
                 for subject, sock in socks:
-                    times, cpu = _part(subject, sock, target, sizes.requests)
+                    times, cpu = part(subject, sock, target, sizes.requests)
                     p50, p99 = (percentile(times, share) * 1000 for share in (0.5, 0.99))
                     cost = {"cpu_us": cpu * 1e6} if subject.pids else {}
                     figures.add(load, subject.name, p50_ms=p50, p99_ms=p99, **cost)
 
 
-def _part(subject: Subject, sock: socket, target: str, count: int) -> tuple[list[float], float]:
+def part(subject: Subject, sock: socket, target: str, count: int) -> tuple[list[float], float]:
     """Seconds that each request took; seconds of CPU time that one cost the subject."""
     prepared = [request("GET", target, signed=subject.signed) for _ in range(count)]
     times = []

@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from bench.exchange import SECRET, Address, BenchError, connect
@@ -70,7 +71,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], log: Path, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: Sequence[str], log: Path, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process for as long as the context lasts, or this process does; stdout and stderr go to files.
 
     Nothing of `DOCKER_*` is inherited: whoever runs the benchmark may have settings of their own.
@@ -99,11 +100,23 @@ def production(checkout: Path, engine: str, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def runner(engine: str, folder: Path, name: str = RUNNER, checkout: Path = CHECKOUT) -> Iterator[Subject]:
-    """The runner of a checkout, in front of an engine's socket. Its audit log is `NAME.out` in the folder."""
+def runner(
+    engine: str,
+    folder: Path,
+    name: str = RUNNER,
+    checkout: Path = CHECKOUT,
+    *,
+    command: Sequence[str] = (),
+    environ: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Subject]:
+    """The runner of a checkout, in front of an engine's socket. Its audit log is `NAME.out` in the folder.
+
+    `command` starts it in another way than its own, with more in its environment.
+    """
     port = free_port()
-    command = [sys.executable, str(checkout / "runner.py"), "serve"]
-    with running(command, folder / f"{name}.log", production(checkout, engine, port)) as process:
+    command = command or [sys.executable, str(checkout / "runner.py"), "serve"]
+    settings = {**production(checkout, engine, port), **environ}
+    with running(command, folder / f"{name}.log", settings) as process:
         yield _listening(name, ("127.0.0.1", port), process, folder, signed=True)
 
 
