@@ -22,7 +22,7 @@ from typing import Any
 
 import serving
 
-GROUP = 50
+GROUP = 10
 OUTPUT = "BENCH_PARTS"
 """The variable with the file's name that the figures go to when the runner ends: JSON, microseconds by part."""
 

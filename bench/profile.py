@@ -10,10 +10,10 @@ has a clock on each of its parts (`parts.py`):
     relay    the request written anew for the engine, a connection from the pool, the engine's answer parsed
     record   metrics, and whether the audit log has to know
 
-`rest` is what is left: mostly the event loop (uvloop, libuv), which calls all that and writes for it. The parts are wall
-time of code that waits for nothing. A small system call in `relay` (does the kept connection still stand?) counts
-twice, there and as the kernel's, so that `rest` is too small by a microsecond or two. Between two runs, parts differ
-by a tenth; what differs by less says nothing.
+`rest` is what is left: mostly the event loop (uvloop, libuv), which calls all that and writes for it. The parts are
+wall time of code that waits for nothing. A small system call in `relay` (does the kept connection still stand?) counts
+twice, there and as the kernel's, so that `rest` is too small by a microsecond or two. Between two runs, parts differ by
+a tenth; what differs by less says nothing.
 """
 
 import json
@@ -33,7 +33,7 @@ from dev import CHECKOUT
 
 PARTS = (*parts.PARTS, "kernel", "rest")
 """They add up to `cpu_us`."""
-BURST = 2 * parts.GROUP
+BURST = 10 * parts.GROUP
 COMMAND = [sys.executable, "-m", "bench.parts"]
 
 

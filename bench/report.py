@@ -11,9 +11,12 @@ from typing import Any
 import msgspec
 
 from bench.figures import Figures, Key
-from bench.marks import Verdict
+from bench.marks import Mark, Verdict, earlier
+from bench.subjects import ENGINE, HAPROXY, RUNNER
 from dev import CHECKOUT
 
+DOCUMENT = CHECKOUT / "docs" / "performance.md"
+"""Beside it lies the plot."""
 _UNITS = {"ms": "ms", "us": "µs", "s": "s", "kb": "KB", "mb": "MB"}
 
 
@@ -48,20 +51,67 @@ def _columns_of(rows: dict[tuple[str, str], dict[str, float]], load: str) -> lis
     return list(dict.fromkeys(column for (of, _), values in rows.items() if of == load for column in values))
 
 
-def judgement(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """The marks, in Markdown."""
+def judgement(figures: Figures, verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """The marks, in Markdown: medians, what was found, whether that will do, and what the runner before had."""
     if not verdicts:
         return
-    yield from _head("mark", "of", "bound", "found", "")
+    has_before = any(verdict.before is not None for verdict in verdicts)
+    yield from _head("figure", "engine", "HAProxy", "runner", "ratio", "mark", "", *(["before"] if has_before else []))
     for verdict in verdicts:
-        figure, base = verdict.mark.figure, verdict.mark.base
-        bound = f"{verdict.mark.bound} {number(verdict.mark.limit)}" + (f" x {_base(figure, base)}" if base else "")
+        mark = verdict.mark
+        values = [_median(figures, mark.figure._replace(subject=each)) for each in (ENGINE, HAPROXY)]
+        ratio = found(verdict) if mark.base else ""
+        of = f" x {_base(mark.figure, mark.base)}" if mark.base else ""
         result = "met" if verdict.met else "**missed**"
-        yield _row(f"{figure.load}: {heading(figure.quantity)}", figure.subject, bound, number(verdict.found), result)
+        before = [_before(figures, verdict)] if has_before else []
+        runner = _median(figures, mark.figure)
+        yield _row(of_what(mark, with_quantity=True), *values, runner, ratio, bound(mark) + of, result, *before)
+
+
+def _before(figures: Figures, verdict: Verdict) -> str:
+    mark = earlier(verdict.mark)
+    if mark is None or verdict.before is None:
+        return ""
+    return _median(figures, mark.figure) + (f" ({verdict.before:.2f})" if mark.base else "")
+
+
+def _median(figures: Figures, key: Key) -> str:
+    return number(figures.median(key)) if key in figures else ""
 
 
 def _base(figure: Key, base: Key) -> str:
-    return base.load if base.subject == figure.subject else base.subject
+    if base.subject == figure.subject:
+        return base.load.rpartition(", ")[2]
+    return "HAProxy" if base.subject == HAPROXY else base.subject
+
+
+def found(verdict: Verdict) -> str:
+    """What was found, in digits that set it apart from the mark."""
+    return f"{verdict.found:.2f}" if verdict.mark.base and verdict.found < 10 else number(verdict.found)
+
+
+def bound(mark: Mark) -> str:
+    """`≤ 1.15`."""
+    return f"{'≤' if mark.bound == 'at most' else '≥'} {number(mark.limit)}"
+
+
+def of_what(mark: Mark, *, with_quantity: bool) -> str:
+    """`upload of 64 MB, hash: MB/s`."""
+    form = mark.figure.subject.removeprefix(RUNNER)
+    if form == mark.figure.subject:
+        form = f", {form}"
+    load = mark.figure.load
+    if mark.base is not None and mark.base.subject == mark.figure.subject:
+        load = load.replace(" at once", f" / {_base(mark.figure, mark.base)}")
+    return load + form + (f": {heading(mark.figure.quantity)}" if with_quantity else "")
+
+
+def documented(text: str, figures: Figures, verdicts: Sequence[Verdict], about: str) -> str:
+    """A document with the results of a run in place of those between its marks. Raises ValueError."""
+    begin, end = text.index("<!-- bench:"), text.index("<!-- /bench -->")
+    head = text[: text.index("-->", begin) + 3]
+    every = ["", "<details>", "<summary>Every figure of that run</summary>", *tables(figures), "", "</details>"]
+    return "\n".join([head, f"{about}.", *judgement(figures, verdicts), *every, text[end:]])
 
 
 def number(value: float) -> str:
@@ -79,8 +129,8 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on, and of which commit."""
+def machine(size: str) -> dict[str, Any]:
+    """What the figures were measured on, of which commit, and how large the run is."""
     commit = subprocess.run(
         ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
@@ -88,6 +138,7 @@ def machine() -> dict[str, Any]:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "size": size,
         "commit": commit.stdout.strip(),
         "cores": len(os.sched_getaffinity(0)),
         "processor": models[0] if models else platform.machine(),
@@ -95,6 +146,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def summary(about: dict[str, Any]) -> str:
+    """The machine in one line."""
+    made = f"{about['time'][:10]}, {about['commit']}, {about['cores']} cores of {about['processor']}"
+    software = f"Linux {about['kernel']}, Python {about['python']}, {about['size']} size"
+    return f"{made}, {software}, load average {about['load_average']:.1f} before"
 
 
 def as_json(figures: Figures, verdicts: Sequence[Verdict], about: dict[str, Any]) -> bytes:
@@ -115,3 +173,13 @@ def as_json(figures: Figures, verdicts: Sequence[Verdict], about: dict[str, Any]
         for verdict in verdicts
     ]
     return msgspec.json.format(msgspec.json.encode({"machine": about, "figures": measured, "marks": marks}))
+
+
+def read(data: bytes) -> tuple[Figures, dict[str, Any]]:
+    """What `as_json` has written: the figures, and the machine. Raises msgspec.DecodeError, KeyError."""
+    run = msgspec.json.decode(data)
+    figures = Figures()
+    for each in run["figures"]:
+        for value in each["rounds"]:
+            figures.add(each["load"], each["subject"], **{each["quantity"]: value})
+    return figures, run["machine"]

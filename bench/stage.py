@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,9 @@ def stage(engine: str, before: Path | None = None) -> Iterator[Stage]:
         before: another checkout, whose runner takes part too.
     """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dr-bench-", dir="/var/tmp")))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="dr-bench-", dir=os.getenv("TMPDIR", "/var/tmp")))
+        )
         ours = stack.enter_context(runner(engine, folder))
         subjects = [
             Subject(ENGINE, engine),
