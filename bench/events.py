@@ -189,8 +189,11 @@ def _delivery(stage: Stage, streams: Subscribers, sizes: Sizes) -> None:
     caused = (stage.engine, stage.box(), sizes.events, sizes.rate)
     process = multiprocessing.get_context("fork").Process(target=_cause, args=caused, daemon=True)
     process.start()
-    streams.read(sizes.events, sizes.events / sizes.rate + PATIENCE_S)
-    process.join()
+    try:
+        streams.read(sizes.events, sizes.events / sizes.rate + PATIENCE_S)
+        process.join()
+    finally:
+        process.kill()  # It has ended, unless we are told to end.
     if process.exitcode or not streams.delays_ms:
         raise BenchError("no events were caused, or none came")
 
