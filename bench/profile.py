@@ -12,8 +12,8 @@ has a clock on each of its parts (`parts.py`):
 
 `rest` is what is left: mostly the event loop (uvloop, libuv), which calls all that and writes for it. The parts are
 wall time of code that waits for nothing. A small system call in `relay` (does the kept connection still stand?) counts
-twice, there and as the kernel's, so that `rest` is too small by a microsecond or two. Between two runs, parts differ by
-a tenth; what differs by less says nothing.
+twice, there and as the kernel's, so that `rest` is too small by a microsecond or two; in a short run or on a busy
+machine it may be below zero. Between two runs, parts differ by a tenth; what differs by less says nothing.
 """
 
 import json
