@@ -1,30 +1,32 @@
 """The runner with a clock on each of its parts: `profile.py` starts it in place of `runner.py serve`.
 
 Where a part begins, a function is replaced by one that reads a clock before and after it. A part's time is without that
-of the parts within it, and without what the clock itself costs, which is measured at the start. It is wall time: the
-clock for CPU time takes a system call, which costs more than some parts. The figures are those of a typical request:
-the median over groups of `GROUP` requests, so that what interrupted one does not count.
+of the parts within it. It is wall time: the clock for CPU time takes a system call, which costs more than some parts.
+The figures are those of a typical request: the median over groups of `GROUP` requests, so that what interrupted one
+does not count. What the clocks cost is in them, and is taken off by `profile.py`, which can tell.
 
-Only the short way is covered, which small requests go. A function that is not there any more is an error, so that a
-part cannot silently become part of another.
+Only the short way is covered, which small requests go; what an answer in several pieces takes in the ordinary way is
+outside of all parts. A function that is not there any more is an error, so that a part cannot silently become part of
+another.
 """
 
 import importlib
-import json
+import itertools
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 import serving
 
 GROUP = 10
 OUTPUT = "BENCH_PARTS"
-"""The variable with the file's name that the figures go to when the runner ends: JSON, microseconds by part."""
+"""The variable with the name of the file that the figures go to when the runner ends: `Part` by name, as JSON."""
 
 PARTS = {
     "server": ("protocols:HttpProtocol.data_received", "shortcut:_Exchange.__init__", "cycle:Cycle.pass_on"),
@@ -50,58 +52,31 @@ class Clocks:
     def __init__(self, parts: int) -> None:
         self.outside = parts
         self.spent = [0] * (parts + 1)
-        self._within = parts
-        self._since = time.perf_counter_ns()
-        self._own = [0] * (parts + 1)
-        self._inner = self._outer = 0
-        self._calibrate()
+        self.turns = [0] * (parts + 1)
+        """How often a clocked call has begun in a part, or led out of it."""
+        self._now = [parts, time.perf_counter_ns()]
+        """Where we are, since when: a list, which is quicker than attributes."""
 
     def on(self, part: int, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, its time that of the part."""
-        clock, spent, own = time.perf_counter_ns, self.spent, self._own
+        clock, spent, turns, now = time.perf_counter_ns, self.spent, self.turns, self._now
 
         def clocked(*given: Any, **named: Any) -> Any:
-            outer = self._within
-            spent[outer] += clock() - self._since
-            own[outer] += self._outer
-            own[part] += self._inner
-            self._within = part
-            self._since = clock()
+            outer, since = now
+            now[0] = part
+            turns[outer] += 1
+            turns[part] += 1
+            now[1] = began = clock()
+            spent[outer] += began - since
             try:
                 return function(*given, **named)
             finally:
-                spent[part] += clock() - self._since
-                self._within = outer
-                self._since = clock()
+                ended = clock()
+                spent[part] += ended - now[1]
+                now[0] = outer
+                now[1] = ended
 
         return clocked
-
-    def net(self) -> list[int]:
-        """By part, so far, without what the clocks cost."""
-        return [spent - own for spent, own in zip(self.spent, self._own, strict=True)][: self.outside]
-
-    def _calibrate(self, times: int = 20_000) -> None:
-        """What a clocked call adds: within the part, and outside of it."""
-
-        def nothing(_: object) -> None:
-            pass
-
-        best_inner = best_outer = sys.maxsize
-        clocked = self.on(0, nothing)
-        for _ in range(5):
-            self.spent[:] = [0] * len(self.spent)
-            self._since = time.perf_counter_ns()
-            for _ in range(times):
-                clocked(None)
-            outside = self.spent[self.outside] + time.perf_counter_ns() - self._since
-            started = time.perf_counter_ns()
-            for _ in range(times):
-                nothing(None)
-            bare = time.perf_counter_ns() - started
-            best_inner = min(best_inner, self.spent[0] // times)
-            best_outer = min(best_outer, (outside - bare) // times)
-        self._inner, self._outer = best_inner, best_outer
-        self.spent[:] = [0] * len(self.spent)
 
 
 class Transport:
@@ -120,6 +95,13 @@ class Transport:
         return getattr(self._transport, name)
 
 
+class Part(msgspec.Struct):
+    """What a request took of a part, in microseconds, and how many turns (`Clocks.turns`)."""
+
+    us: float
+    turns: float
+
+
 class Groups:
     """What each part took in groups of requests, one group after the other.
 
@@ -130,8 +112,7 @@ class Groups:
     def __init__(self, clocks: Clocks) -> None:
         self._clocks = clocks
         self._requests = 0
-        self._last = clocks.net()
-        self._groups: list[list[float]] = []
+        self._groups: list[tuple[list[int], list[int]]] = []
 
     def counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, each call the end of a request."""
@@ -140,16 +121,23 @@ class Groups:
             result = function(*given, **named)
             self._requests += 1
             if self._requests % GROUP == 0:
-                now = self._clocks.net()
-                self._groups.append([(new - old) / GROUP for new, old in zip(now, self._last, strict=True)])
-                self._last = now
+                self._groups.append((self._clocks.spent[:], self._clocks.turns[:]))
             return result
 
         return counted
 
-    def medians_us(self) -> list[float]:
-        """By part, of a request. The first group warms up."""
-        return [statistics.median(values) / 1000 for values in zip(*self._groups[1:], strict=True)]
+    def medians(self) -> dict[str, Part]:
+        """By part, `outside` included, of a request."""
+        spent, turns = zip(*self._groups, strict=True)
+        names = (*PARTS, "outside")
+        each = zip(names, _typical(spent), _typical(turns), strict=True)
+        return {name: Part(nanoseconds / 1000, count) for name, nanoseconds, count in each}
+
+
+def _typical(sums: Sequence[list[int]]) -> list[float]:
+    """What a request adds to each of the sums, which were taken after every group."""
+    groups = [[after - before for before, after in zip(*pair, strict=True)] for pair in itertools.pairwise(sums)]
+    return [statistics.median(values) / GROUP for values in zip(*groups, strict=True)]
 
 
 def install() -> Groups:
@@ -178,7 +166,7 @@ def main() -> None:
     """Serve until SIGTERM, then write."""
     groups = install()
     serving.serve(os.environ)
-    Path(os.environ[OUTPUT]).write_text(json.dumps(dict(zip(PARTS, groups.medians_us(), strict=False))))
+    Path(os.environ[OUTPUT]).write_bytes(msgspec.json.encode(groups.medians()))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,24 @@ has a clock on each of its parts (`parts.py`):
     relay    the request written anew for the engine, a connection from the pool, the engine's answer parsed
     record   metrics, and whether the audit log has to know
 
-`rest` is what is left: mostly the event loop (uvloop, libuv), which calls all that and writes for it. The parts are
-wall time of code that waits for nothing. A small system call in `relay` (does the kept connection still stand?) counts
-twice, there and as the kernel's, so that `rest` is too small by a microsecond or two; in a short run or on a busy
-machine it may be below zero. Between two runs, parts differ by a tenth; what differs by less says nothing.
+`rest` is what is left: mostly the event loop (uvloop, libuv), which calls all that and writes for it; of
+inspects also the tasks of those whose answer came in two pieces.
+
+The clocks cost as much CPU time as the second runner takes more than the first. That is taken off the parts by how
+often a clock was read in each. The parts are wall time of code that waits for nothing. A small system call in `relay`
+(does the kept connection still stand?) counts twice, there and as the kernel's, so that `rest` is too small by a
+microsecond or two; in a short run or on a busy machine it may be below zero. Between two runs, parts differ by a tenth;
+what differs by less says nothing.
 """
 
-import json
+import statistics
 import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from bench import parts
 from bench.exchange import BenchError, connect
@@ -38,10 +44,11 @@ COMMAND = [sys.executable, "-m", "bench.parts"]
 
 
 class Cost(NamedTuple):
-    """CPU seconds of a process, and the kernel's share of them."""
+    """CPU microseconds of a request: of the runner as it is, of that the kernel's, and of the one with clocks."""
 
-    cpu_s: float
+    plain: float
     kernel: float
+    clocked: float
 
 
 def load_of(name: str) -> str:
@@ -55,29 +62,29 @@ def profile(stage: Stage, sizes: Sizes, figures: Figures) -> None:
         output = stage.folder / f"parts-{name}.json"
         environ = {"PYTHONPATH": str(CHECKOUT), parts.OUTPUT: str(output)}
         with runner(stage.engine, stage.folder, "runner in parts", command=COMMAND, environ=environ) as clocked:
-            cost, count = _turns(stage.subject(RUNNER), clocked, target, sizes.profile_s)
+            cost = _turns(stage.subject(RUNNER), clocked, target, sizes.profile_s)
         if not output.exists():
             raise BenchError(f"no parts were told:\n{(stage.folder / 'runner in parts.log').read_text()[-1000:]}")
-        told: dict[str, float] = json.loads(output.read_text())
-        whole = cost.cpu_s / count * 1e6
-        told["kernel"] = whole * cost.kernel
-        told["rest"] = whole - sum(told.values())
-        figures.add(load_of(name), RUNNER, **{f"{each}_us": told[each] for each in PARTS}, cpu_us=whole)
+        told = msgspec.json.decode(output.read_bytes(), type=dict[str, parts.Part])
+        of_a_turn = (cost.clocked - cost.plain) / sum(part.turns for part in told.values())
+        values = {part: told[part].us - told[part].turns * of_a_turn for part in parts.PARTS} | {"kernel": cost.kernel}
+        values["rest"] = cost.plain - sum(values.values())
+        figures.add(load_of(name), RUNNER, **{f"{part}_us": values[part] for part in PARTS}, cpu_us=cost.plain)
 
 
-def _turns(plain: Subject, clocked: Subject, target: str, for_s: float) -> tuple[Cost, int]:
-    """Ask both in turns for so many seconds; what the plain one spent, for how many requests."""
+def _turns(plain: Subject, clocked: Subject, target: str, for_s: float) -> Cost:
+    """Ask both in turns, for so many seconds."""
     with ExitStack() as stack:
         socks = [stack.enter_context(closing(connect(each.address))) for each in (plain, clocked)]
-        part(plain, socks[0], target, BURST)  # warms up
-        cpu_s, count, ticks = 0.0, 0, _ticks(plain)
-        end = time.monotonic() + for_s
-        while count < 2 * BURST or time.monotonic() < end:
-            cpu_s += part(plain, socks[0], target, BURST)[1] * BURST
-            part(clocked, socks[1], target, BURST)
-            count += BURST
+        for subject, sock in zip((plain, clocked), socks, strict=True):
+            part(subject, sock, target, BURST)  # warms up
+        bursts: list[tuple[float, float]] = []
+        ticks, end = _ticks(plain), time.monotonic() + for_s
+        while len(bursts) < 2 or time.monotonic() < end:
+            bursts.append((part(plain, socks[0], target, BURST)[1], part(clocked, socks[1], target, BURST)[1]))
     user, kernel = (after - before for after, before in zip(_ticks(plain), ticks, strict=True))
-    return Cost(cpu_s, kernel / max(1, user + kernel)), count
+    whole, with_clocks = (statistics.median(values) * 1e6 for values in zip(*bursts, strict=True))
+    return Cost(whole, whole * kernel / max(1, user + kernel), with_clocks)
 
 
 def _ticks(subject: Subject) -> tuple[int, int]:
