@@ -28,16 +28,17 @@ _DIGITS = 19
 
 def events(stage: Stage, sizes: Sizes, figures: Figures) -> None:
     """The engine's own stream, and the runner's SSE: `p50_ms`, `p99_ms`, `max_ms`, `lost`, `repeated`, `cut_off`."""
-    filters = json.dumps({"container": [stage.box()], "event": ["exec_create"], "type": ["container"]})
+    container = stage.sleeper()
+    filters = json.dumps({"container": [container], "event": ["exec_create"], "type": ["container"]})
     names = [ENGINE, RUNNER] + ([BEFORE] if stage.before else [])
     for count in sizes.subscribers:
         load = f"{sizes.events:,} events to {count:,}"
         for subject in map(stage.subject, names):
             streams = Subscribers(subject.address, _target(subject, filters), count, signed=subject.signed)
             with contextlib.closing(streams):
-                _settle(stage, streams)
+                _settle(stage.engine, container, streams)
                 cpu = subject.cpu_s()
-                _delivery(stage, streams, sizes)
+                _delivery(stage.engine, container, streams, sizes)
                 cost = {"cpu_ms": (subject.cpu_s() - cpu) * 1000 / sizes.events} if subject.pids else {}
                 delays = {"p50_ms": percentile(streams.delays_ms, 0.5), "p99_ms": percentile(streams.delays_ms, 0.99)}
                 counted = {"lost": streams.lost(sizes.events), "again": streams.repeated, "cut_off": streams.ended}
@@ -170,12 +171,12 @@ class Subscribers:
             sock.close()
 
 
-def _settle(stage: Stage, streams: Subscribers) -> None:
+def _settle(engine: str, container: str, streams: Subscribers) -> None:
     """The engine sends a stream's head before it listens: so until each has had an event, more are caused."""
     deadline = time.monotonic() + 30
     caused = 0
     while not streams.all_have(1):
-        _cause(stage.engine, stage.box(), 1, 100)
+        _cause(engine, container, 1, 100)
         caused += 1
         streams.read(caused, 0.2)
         if time.monotonic() > deadline:
@@ -184,9 +185,9 @@ def _settle(stage: Stage, streams: Subscribers) -> None:
     streams.forget()
 
 
-def _delivery(stage: Stage, streams: Subscribers, sizes: Sizes) -> None:
+def _delivery(engine: str, container: str, streams: Subscribers, sizes: Sizes) -> None:
     """Cause events, and see what the subscribers get."""
-    caused = (stage.engine, stage.box(), sizes.events, sizes.rate)
+    caused = (engine, container, sizes.events, sizes.rate)
     process = multiprocessing.get_context("fork").Process(target=_cause, args=caused, daemon=True)
     process.start()
     try:

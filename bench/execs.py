@@ -26,7 +26,7 @@ COMMAND = ["/bin/true"]
 
 def execs(stage: Stage, sizes: Sizes, figures: Figures) -> None:
     """`ms` for each exec: the subjects take turns after every single one, since an exec takes as long as it likes."""
-    container = stage.box()
+    container = stage.sleeper()
     with ExitStack() as stack:
         ways: dict[str, Callable[[], None]] = {}
         for subject in stage.subjects:

@@ -90,6 +90,7 @@ class Transport:
     def __init__(self, transport: Any, clocks: Clocks) -> None:
         self._transport = transport
         self.write = clocks.on(clocks.outside, transport.write)
+        self.writelines = clocks.on(clocks.outside, transport.writelines)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

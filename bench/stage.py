@@ -31,7 +31,7 @@ class Stage:
         self.before = before
         self.mark = secrets.token_hex(4)
         self.image = f"docker-runner-bench-{self.mark}:latest"
-        self.box = cache(self._box)
+        self.box = cache(self.sleeper)
         self.listed = cache(self._listed)
 
     def subject(self, name: str) -> Subject:
@@ -62,8 +62,8 @@ class Stage:
         identity: str = self.ask("POST", "/containers/create", {**config, **fields})["Id"]
         return identity
 
-    def _box(self) -> str:
-        """A running container that only sleeps."""
+    def sleeper(self) -> str:
+        """A running container that only sleeps. `box` is one for all that leaves no traces in it, as execs do."""
         container = self.create("sleep", "1000000")
         self.ask("POST", f"/containers/{container}/start")
         return container
