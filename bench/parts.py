@@ -32,7 +32,7 @@ PARTS = {
     "server": ("protocols:HttpProtocol.data_received", "shortcut:_Exchange.__init__", "cycle:Cycle.pass_on"),
     "verify": ("admission:Request.__init__", "admission:Request.admit_bare"),
     "policy": ("proxy:EngineFace.begin",),
-    "relay": ("proxy:end_to_end", "dockerapi:Engine.begin", "engine_connection:Connection.data_received"),
+    "relay": ("proxy:forwarded", "dockerapi:Engine.begin", "engine_connection:Connection.data_received"),
     "record": ("admission:Authentication.ended", "metrics:Metrics.engine_answered"),
 }
 """Where each part begins: `MODULE:NAME`, or `MODULE:CLASS.NAME`."""
