@@ -17,7 +17,7 @@ from urllib.parse import quote
 from bench.exchange import Address, BenchError, ask, connect, request
 from bench.figures import Figures, Sizes, percentile
 from bench.stage import Stage
-from bench.subjects import BEFORE, ENGINE, RUNNER, Subject, memory_kb, runner
+from bench.subjects import BEFORE, ENGINE, HAPROXY, HAPROXY_DELAYING, RUNNER, Subject, memory_kb, runner
 from dev import CHECKOUT
 
 PATIENCE_S = 10.0
@@ -27,13 +27,17 @@ _DIGITS = 19
 
 
 def events(stage: Stage, sizes: Sizes, figures: Figures) -> None:
-    """The engine's own stream, and the runner's SSE: `p50_ms`, `p99_ms`, `max_ms`, `lost`, `repeated`, `cut_off`."""
+    """The engine's own stream, and the runner's SSE: `p50_ms`, `p99_ms`, `max_ms`, `lost`, `repeated`, `cut_off`.
+
+    HAProxy is measured with the fewest subscribers only: what one more process in between costs.
+    """
     container = stage.sleeper()
     filters = json.dumps({"container": [container], "event": ["exec_create"], "type": ["container"]})
     names = [ENGINE, RUNNER] + ([BEFORE] if stage.before else [])
     for count in sizes.subscribers:
+        among = [*names, HAPROXY, HAPROXY_DELAYING] if count == min(sizes.subscribers) else names
         load = f"{sizes.events:,} events to {count:,}"
-        for subject in map(stage.subject, names):
+        for subject in map(stage.subject, among):
             streams = Subscribers(subject.address, _target(subject, filters), count, signed=subject.signed)
             with contextlib.closing(streams):
                 _settle(stage.engine, container, streams)
