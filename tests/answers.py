@@ -1,7 +1,9 @@
-"""What an error of the runner face says, its shape checked."""
+"""What an error of the runner says, its shape checked."""
 
+import json
 from typing import NamedTuple
 
+from service import Answer
 from wire import Reply
 
 
@@ -22,3 +24,10 @@ def told(reply: Reply) -> Told:
     assert body["message"] == error["message"] != ""
     assert reply.header("retry-after") == ("1" if reply.status in (429, 503) else None)
     return Told(reply.status, error["code"], error["retryable"])
+
+
+def refused(answer: Answer) -> Told:
+    """As `told`, of an answer that the runner's own client of the tests has read, on either face."""
+    error = json.loads(answer.body)["error"]
+    assert answer.header("retry-after") == ("1" if answer.status in (429, 503) else None)
+    return Told(answer.status, error["code"], error["retryable"])

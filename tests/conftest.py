@@ -180,6 +180,20 @@ def private_engine(restartable_engine: PrivateEngine) -> PrivateEngine:
     return restartable_engine
 
 
+@pytest.fixture
+def own_box(private_engine: PrivateEngine) -> Iterator[str]:
+    """A container that has said something, on an engine of our own that the test may kill."""
+    busybox.import_image(private_engine, "killed/busybox:latest")
+    ask = EngineDirect(private_engine.socket).request
+    command = ["sh", "-c", "echo said; exec sleep 1d"]
+    create = {"Image": "killed/busybox:latest", "Cmd": command, "HostConfig": {"NetworkMode": "none"}}
+    name: str = ask("POST", "/containers/create", json=create).json()["Id"]
+    assert ask("POST", f"/containers/{name}/start").status_code == 204
+    yield name
+    private_engine.start()
+    ask("DELETE", f"/containers/{name}?force=1")
+
+
 def _private_engine(home: Path) -> Iterator[PrivateEngine]:
     engine = PrivateEngine(home, tied=True)
     try:

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -30,6 +30,7 @@ from client import RunnerClient, RunnerClientError
 from conftest import EngineDirect
 from dev import busybox, wait_until
 from dev.private_engine import PrivateEngine
+from resting import Counted
 from service import Runner
 from soak_work import LABEL, OPERATIONS, Caller, Ledger
 
@@ -45,29 +46,6 @@ GAP_S = 10.0
 
 Event = tuple[int, str, str]
 """Its time in ns, what happened, the id of what it happened to."""
-
-
-class Counted(Runner):
-    """A runner whose tasks can be counted."""
-
-    def __init__(self, engine_socket: str, environ: Mapping[str, str]) -> None:
-        super().__init__(engine_socket, environ, program="tests/counted.py")
-
-    def tasks(self) -> int:
-        """How many it has."""
-        said = len(self.log)
-        self.process.send_signal(signal.SIGUSR1)
-        assert wait_until(lambda: any(line.startswith("tasks ") for line in self.log[said:]), 10)
-        line = next(line for line in self.log[said:] if line.startswith("tasks "))
-        return int(line.split()[1].rstrip(":"))
-
-    def files(self) -> list[str]:
-        """What its file descriptors are."""
-        folder = Path(f"/proc/{self.process.pid}/fd")
-        return [os.readlink(each) for each in folder.iterdir() if each.exists() or each.is_symlink()]
-
-    def threads(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
 
 
 class Watcher(threading.Thread):

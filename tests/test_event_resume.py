@@ -10,7 +10,7 @@ from listening import Listener, cuttable, events_of
 
 from comparison import Containers
 from conftest import EngineDirect, Names
-from dev import busybox, wait_until
+from dev import wait_until
 from dev.engine import Engine
 from dev.private_engine import PrivateEngine
 from event_hub import FIRST_PAUSE_S
@@ -350,19 +350,6 @@ class TestConnections:
             time.sleep(5 * FIRST_PAUSE_S)  # That nothing asks again shows only when it would have.
             assert way.open == 0
             assert "defect" not in "".join(runner.log)
-
-
-@pytest.fixture
-def own_box(private_engine: PrivateEngine) -> Iterator[str]:
-    """A container on an engine that is about to be killed."""
-    busybox.import_image(private_engine, "killed/busybox:latest")
-    ask = EngineDirect(private_engine.socket).request
-    create = {"Image": "killed/busybox:latest", "Cmd": ["sleep", "1d"], "HostConfig": {"NetworkMode": "none"}}
-    name: str = ask("POST", "/containers/create", json=create).json()["Id"]
-    assert ask("POST", f"/containers/{name}/start").status_code == 204
-    yield name
-    private_engine.start()
-    ask("DELETE", f"/containers/{name}?force=1")
 
 
 def test_an_engine_that_is_killed_and_started_again_is_a_gap_and_the_stream_goes_on(

@@ -16,7 +16,7 @@ import pytest
 
 from comparison import Containers
 from conftest import EngineDirect, Names
-from dev import busybox, wait_until
+from dev import wait_until
 from dev.engine import Engine
 from dev.private_engine import PrivateEngine
 from feeds import HEAD_WAIT_S
@@ -319,20 +319,6 @@ class TestEvents:
                 assert response.status == 200
                 assert alone.sockets() > before
             assert wait_until(lambda: alone.sockets() <= before, 1)
-
-
-@pytest.fixture
-def own_box(private_engine: PrivateEngine) -> Iterator[str]:
-    """A container that has said something, on an engine that is about to be killed."""
-    busybox.import_image(private_engine, "killed/busybox:latest")
-    ask = EngineDirect(private_engine.socket).request
-    command = ["sh", "-c", "echo said; exec sleep 1d"]
-    create = {"Image": "killed/busybox:latest", "Cmd": command, "HostConfig": {"NetworkMode": "none"}}
-    name: str = ask("POST", "/containers/create", json=create).json()["Id"]
-    assert ask("POST", f"/containers/{name}/start").status_code == 204
-    yield name
-    private_engine.start()
-    ask("DELETE", f"/containers/{name}?force=1")
 
 
 def test_an_engine_that_is_killed_is_told_in_band(private_engine: PrivateEngine, own_box: str) -> None:
