@@ -47,9 +47,7 @@ class App:
             connect_s=settings.engine_connect_s,
             on_answered=self.metrics.engine_answered,
         )
-        self.watch = EngineWatch(
-            settings.engine_socket, connect_s=settings.engine_connect_s, every_s=settings.engine_watch_s
-        )
+        self.watch = EngineWatch(self.engine, connect_s=settings.engine_connect_s, every_s=settings.engine_watch_s)
         self.verifier = Verifier(
             settings.keyring, ttl_ms=settings.signature_ttl_ms, max_nonces=settings.max_nonces, clock_ms=clock_ms
         )

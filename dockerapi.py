@@ -13,6 +13,7 @@ neither is one whose connection was lost in any other way; that is reported.
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from engine_response import EngineResponse, NotProcessedError, Overflow
 from errors import RunnerError
 
 Headers = Sequence[tuple[bytes, bytes]]
+_Identity = tuple[int, int]
 
 SPARE = 16
 """Connections that are kept open though nobody needs them."""
@@ -78,7 +80,7 @@ class Engine:
         self._waits = 0
         self._waited_s = 0.0
         # Strong references: the event loop holds a half-closed transport only weakly.
-        self._open: set[Connection] = set()
+        self._open: dict[Connection, _Identity | None] = {}
         self._idle: list[Connection] = []
         """The one that was used last is used next."""
         self._spare_s = spare_s
@@ -201,6 +203,17 @@ class Engine:
         idle = len(self._idle)
         return Use(len(self._open) - idle, idle, self._limit, len(self._waiting), self._waits, self._waited_s)
 
+    def cut_replaced(self) -> bool:
+        """Cut every connection that was made while another socket stood at the path; returns whether there were any.
+
+        The engine behind them may live on, and would be asked for ever by whatever uses them, and nothing else would.
+        """
+        standing = _identity(self.path)
+        outdated = [each for each, identity in self._open.items() if standing is not None and identity != standing]
+        for connection in outdated:
+            connection.cut()
+        return bool(outdated)
+
     def close(self) -> None:
         """Drop every connection."""
         if self._look is not None:
@@ -277,6 +290,7 @@ class Engine:
     async def _connect(self) -> Connection:
         """Open a connection in a place that is ours; gives the place up on failure."""
         sock = None
+        identity = _identity(self.path)  # Before: what is replaced meanwhile is rather taken for the old one.
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             async with asyncio.timeout(self._connect_s):
@@ -297,7 +311,7 @@ class Engine:
                 raise _connect_error(error, self.path) from None
             raise
         connection = Connection(sock, self._on_free, self._on_lost, self._on_answered)
-        self._open.add(connection)
+        self._open[connection] = identity
         # From here on the place is the connection's. The loop takes the socket over within one turn; that is never
         # broken off, because the loops differ in what they then leave of the socket and whether they tell of its end.
         taking = asyncio.ensure_future(asyncio.get_running_loop().create_unix_connection(lambda: connection, sock=sock))
@@ -325,7 +339,7 @@ class Engine:
                 self._watch_idle()
 
     def _on_lost(self, connection: Connection) -> None:
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         if connection in self._idle:
             self._idle.remove(connection)
         self._give_place()
@@ -364,6 +378,15 @@ def _rendered(
         lines.append(b"Transfer-Encoding: chunked\r\n" if length is None else b"Content-Length: %d\r\n" % length)
     lines.append(tail)
     return b"".join(lines), pieces
+
+
+def _identity(path: str) -> _Identity | None:
+    """Of the file at a path; None if there is none. No other has it as long as somebody listens there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _connect_error(error: OSError, path: str) -> RunnerError:

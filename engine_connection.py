@@ -144,6 +144,12 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             self._lost()
 
+    def cut(self) -> None:
+        """Drop it as if the engine had; one that was never used is left."""
+        if self._used:
+            self.connection_lost(None)
+            self._transport.abort()
+
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -1,7 +1,8 @@
 """Whether the engine is there, for the log: which one it is when that is known, and when it goes and comes.
 
 It is asked now and then, over a connection of its own, so that callers neither wait for this nor share their places
-with it. Only changes are told, so there are never more lines than looks.
+with it. Only changes are told, so there are never more lines than looks. A look also sees that another socket stands at
+the path, which no connection would tell of as long as the engine lives that listened at the old one.
 """
 
 import asyncio
@@ -48,15 +49,16 @@ class EngineWatch:
     """Looks at the engine from `begin` to `end`.
 
     Args:
-        path: of its socket.
+        engine: as it is asked for callers; its connections are cut where they lead to a socket that was replaced.
         connect_s: as of `Engine`.
         every_s: between looks; 0: there is none.
     """
 
-    def __init__(self, path: str, *, connect_s: float, every_s: float) -> None:
+    def __init__(self, engine: Engine, *, connect_s: float, every_s: float) -> None:
         # Two: where one has just died, its place is not yet free.
-        self._engine = Engine(path, max_connections=2, queue_s=1, connect_s=connect_s)
-        self._path = path
+        self._engine = Engine(engine.path, max_connections=2, queue_s=1, connect_s=connect_s)
+        self._served = engine
+        self._path = engine.path
         self._every_s = every_s
         self._gone_at = 0.0
         self._looking: asyncio.Task[None] | None = None
@@ -84,6 +86,9 @@ class EngineWatch:
             await asyncio.sleep(self._every_s)
 
     async def _look(self) -> None:
+        if any([self._engine.cut_replaced(), self._served.cut_replaced()]):
+            log.warning("another socket stands at the engine's path; connections to the old one were closed")
+            self.there = None
         try:
             if self.there:
                 await self._engine.ping(LIMIT_S)

@@ -1,7 +1,7 @@
 """Faults of the engine, and of what the runner stands on: what callers see, what is freed, and that all is well after.
 
 The table in `docs/operations.md` says it, and names these tests and others. Callers that are at fault, and the end of
-the runner, are in `test_faults_callers.py`; a memory limit is in `test_image.py`. "Freed" is what `comes_to_rest` counts.
+the runner, are in `test_faults_callers.py`, a memory limit is in `test_image.py`. What is freed `comes_to_rest` counts.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from dev import wait_until
 from dev.engine import Engine
 from dev.private_engine import PrivateEngine
 from resting import Counted, comes_to_rest
-from service import Answer, Runner, read_to_end, signed_head
+from service import Answer, Runner, signed_head
 
 JSON = {"Content-Type": "application/json"}
 CUT = (http.client.IncompleteRead, ConnectionResetError)
@@ -225,10 +225,16 @@ def open_still(socks: list[socket.socket]) -> list[socket.socket]:
     return found
 
 
-def asked_on(sock: socket.socket, method: str, target: str, body: bytes = b"") -> bytes:
-    """The whole answer to a last request on a connection that is open already."""
-    sock.sendall(signed_head(method, target, body, "Connection: close") + body)
-    return read_to_end(sock)
+def refused_on(sock: socket.socket, method: str, target: str, body: bytes = b"") -> str:
+    """The code of the refusal of a request on a connection that is open already, and stays so."""
+    sock.sendall(signed_head(method, target, body) + body)
+    said = b""
+    while not said.endswith(b"}}"):
+        said += sock.recv(4096)
+    head, _, error = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    code: str = json.loads(error)["error"]["code"]
+    return code
 
 
 class TestFileDescriptorsRunOut:
@@ -242,8 +248,6 @@ class TestFileDescriptorsRunOut:
             first, second, third, *_ = open_still(socks)
             first.sendall(signed_head("GET", "/events"))  # It takes the one connection to the engine that is kept.
             assert first.recv(4096).startswith(b"HTTP/1.1 200 ")
-            busy = asked_on(second, "GET", "/version")
-            assert b" 503 " in busy.splitlines()[0]
-            assert b'"engine_busy"' in busy
-            full = asked_on(third, "PUT", f"/containers/{box}/archive?path=/tmp", bytes(2 * MIB))
-            assert b'"spool_failed"' in full or b'"engine_busy"' in full
+            assert refused_on(second, "GET", "/version") == "engine_busy"
+            body = bytes(2 * MIB)
+            assert refused_on(third, "PUT", f"/containers/{box}/archive?path=/tmp", body) == "spool_failed"
