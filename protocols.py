@@ -284,7 +284,9 @@ class HttpProtocol(asyncio.Protocol):
 
     def _begin(self, cycle: Cycle) -> None:
         self._unserved = None
-        if self._at_once is None or cycle.more_body or self.write_paused or not self._at_once(cycle):
+        if self.write_paused:
+            self._refuse(RunnerError("pipelining_refused", "a request came before the last answer was read"))
+        elif self._at_once is None or cycle.more_body or not self._at_once(cycle):
             self.serve(cycle)
 
     async def _serve(self, cycle: Cycle) -> None:
@@ -371,7 +373,7 @@ class HttpProtocol(asyncio.Protocol):
         if left_s > 0:
             self._idle_timer = self._loop.call_later(left_s, self._look_if_idle)
         else:
-            self.transport.close()
+            self._close(min(CLOSE_S, self._idle_limit_s))  # What was answered last may still not be read.
 
     def _head_timed_out(self) -> None:
         self._refuse(RunnerError("request_timeout", "the head of the request did not arrive in time"))
@@ -417,8 +419,12 @@ class HttpProtocol(asyncio.Protocol):
         if cycle.more_body:
             self._linger()
         else:
-            self.transport.close()
-            self._set_timer(CLOSE_S, self.transport.abort)
+            self._close(CLOSE_S)
+
+    def _close(self, limit_s: float) -> None:
+        """Close once the caller has read what was answered, or after the limit."""
+        self.transport.close()
+        self._set_timer(limit_s, self.transport.abort)
 
     def _set_timer(self, delay_s: float, callback: Callable[[], object]) -> None:
         """One thing at a time has its end set: a head, a lingering close."""

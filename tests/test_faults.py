@@ -251,3 +251,5 @@ class TestFileDescriptorsRunOut:
             assert refused_on(second, "GET", "/version") == "engine_busy"
             body = bytes(2 * MIB)
             assert refused_on(third, "PUT", f"/containers/{box}/archive?path=/tmp", body) == "spool_failed"
+            held.close()
+            assert wait_until(lambda: len(runner.files()) <= limit - room, 10)  # Before that nobody is let in.
