@@ -1,24 +1,32 @@
 """The image of the `Containerfile`, on the real engine, run as an operator runs it."""
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from client import __version__
+from comparison import Containers
 from conftest import EngineDirect, Names
+from dev import wait_until
 from dev.engine import Engine
 from imaged import HARDENED, Docker, base, container, image, secret_file
 from packed import one_file
-from service import ROOT, SECRET
+from service import ROOT, SECRET, signed_head
 from wire import Wire
 
 SOCKET = "/var/run/docker.sock"
+MIB = 1024 * 1024
+STATE = "{{.State.Pid}} {{.State.StartedAt}} {{.State.OOMKilled}} {{.RestartCount}}"
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +183,43 @@ def test_docker_stop_ends_it_in_order(docker: Docker, built: str, names: Names) 
         docker.wait_healthy(name)
         docker("stop", name)
         assert docker.status(name) == 0
+
+
+def test_under_load_it_stays_below_its_memory_limit_and_serves_on(
+    docker: Docker, built: str, direct: EngineDirect, names: Names, image: str
+) -> None:
+    """Readers that take nothing of 30 MB each, and more and longer bodies at once than /tmp, which is memory, holds."""
+    talker = Containers(direct, names, image).ended("sh", "-c", f"yes {'x' * 9999} | head -n 3000")
+    log, upload = f"/containers/{talker}/logs?stdout=1", f"/containers/{talker}/archive?path=/tmp"
+    body = bytes(8 * MIB)  # A tar may be zeros alone.
+    settings = [f"--env=DOCKER_RUNNER_SHARED_SECRET={SECRET}", "--env=DOCKER_RUNNER_POLICY=everything"]
+    limits = ["--memory=160m", "--memory-swap=160m", "--tmpfs=/tmp:size=32m,mode=1777", "--health-interval=1s"]
+    hardened = [each for each in HARDENED if "tmpfs" not in each]
+
+    with (
+        container(docker, names, *hardened, *limits, *with_engine(docker), *settings, built) as name,
+        contextlib.ExitStack() as held,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        docker.wait_healthy(name)
+        before = docker("inspect", "--format", STATE, name)
+        address = docker.address(name)
+        wire = Wire(f"http://{address}:7071", SECRET)
+
+        def put(_: int) -> int:
+            with contextlib.suppress(ConnectionError):
+                return wire.request("PUT", upload, body).status
+            return 503  # Refused, and cut off before all of it was sent.
+
+        for _ in range(30):
+            sock = held.enter_context(socket.create_connection((address, 7071), timeout=20))
+            sock.sendall(signed_head("GET", log))
+            assert sock.recv(15) == b"HTTP/1.1 200 OK"
+        assert Counter(pool.map(put, range(36))).keys() == {200, 503}
+        assert docker("inspect", "--format", STATE, name) == before
+        held.close()
+        assert wire.request("GET", "/version").status == 200
+        assert wait_until(lambda: wire.request("PUT", upload, body).status == 200, 10)
 
 
 # The one file on a bare Python, in the same straits.
