@@ -230,7 +230,7 @@ VARIABLES: Mapping[str, Variable] = {
         "5000",
         lambda text: 0.0 if text == "0" else _seconds(100, 3_600_000)(text),
         "engine_watch_s",
-        "How often the engine is asked whether it is there, for the log, in ms; 0: never.",
+        "How often it is looked whether the engine is there, and at the same socket, in ms; 0: never.",
     ),
     "DOCKER_RUNNER_LOCAL_SOCKET": Variable(
         "",

@@ -1,5 +1,6 @@
 """The documents against the code: what is made from it, links, and that every example is run by some test."""
 
+import ast
 import importlib
 import json
 import re
@@ -65,6 +66,34 @@ def test_what_people_write_in_a_table_is_written(name: str) -> None:
     for row, line in zip(rows, written, strict=True):
         assert len(cells(line)) == len(head)
         assert all(cells(line)[len(row) :]), line
+
+
+FAULTS = {
+    "engine is killed",
+    "engine is stopped",
+    "socket is replaced",
+    "disk of the spool is full",
+    "file descriptor",
+    "little memory",
+    "never reads",
+    "one byte a second",
+    "2,000 connections",
+    "SIGTERM in the midst of everything",
+}
+
+
+def test_every_fault_has_its_row_with_tests_that_there_are() -> None:
+    table = TEXTS["docs/operations.md"].partition("<!-- faults:")[2].partition("<!-- /faults -->")[0]
+    head, _, *rows = [cells(line) for line in table.splitlines()[1:]]
+    assert all(len(row) == len(head) and all(row) for row in rows)
+    assert [sum(fault in row[0] for fault in FAULTS) for row in rows] == [1] * len(FAULTS)
+    for row in rows:
+        for test in row[-1].split(", "):
+            file, *names = test.strip("`").split("::")
+            assert names
+            found: ast.AST = ast.parse((ROOT / "tests" / file).read_text())
+            for name in names:
+                (found,) = (each for each in ast.iter_child_nodes(found) if getattr(each, "name", "") == name)
 
 
 def test_every_error_code_has_its_section_in_order() -> None:

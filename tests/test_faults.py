@@ -135,12 +135,14 @@ class TestTheEngineIsStopped:
             ThreadPoolExecutor(2) as pool,
             Listener(runner.port, events_of(own_box, "rename")) as events,
         ):
+            running = pool.submit(run, runner, own_box, "sleep 1d", timeoutMs=4000)
+            assert wait_until(lambda: has_exec(private_engine.socket, own_box), 3)
             with stopped(private_engine):
                 since = time.monotonic()
                 waiting = pool.submit(patient.request, "GET", "/version")
-                running = pool.submit(run, runner, own_box, "true", timeoutMs=1000)
                 assert refused(runner.request("GET", "/version")) == (504, "engine_timeout", False)
                 assert refused(running.result()) == (504, "exec_timeout", False)
+                assert "mayStillRun" in json.loads(running.result().body)["error"]["details"]
                 assert refused(runner.request("GET", "/v1/ready")) == (503, "docker_unavailable", True)
                 assert runner.request("GET", "/v1/health").status == 200
                 comments = events.comments
