@@ -3,9 +3,10 @@
     make soak MINUTES=20
 
 An engine and a runner of their own serve callers (`soak_work.py`) for so many minutes. In the end everything must be
-accounted for: each event, held against the engine's own telling; each container that should be gone; each exec that was
-ended; and the runner must be as it was in the beginning: sockets, files, tasks, threads, memory. What is not so is
-printed, and the exit status is 1. The seed is printed too, though what happens is never quite the same.
+accounted for: each event, held against the engine's own telling; each container that should be gone, removed or
+expired; each exec that was ended; and the runner must be as it was in the beginning: sockets, files, tasks, threads,
+memory, and nothing used of what is bounded. What is not so is printed, and the exit status is 1. The seed is printed
+too, though what happens is never quite the same.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from client import RunnerClient, RunnerClientError
 from conftest import EngineDirect
 from dev import busybox, wait_until
 from dev.private_engine import PrivateEngine
-from resting import Counted
+from resting import USED, Counted, held
 from service import Runner
 from soak_work import LABEL, OPERATIONS, Caller, Ledger
 
@@ -127,6 +128,9 @@ class Soak:
     def run(self, seconds: float) -> None:
         """Begin, trouble the engine now and then, end, and check."""
         runner = self._runner
+        for said in ("metrics are at", "the engine is there"):
+            runner.wait_for_log(said)
+        runner.request("GET", "/_ping")  # A connection is kept then, as it is in the end.
         before = (runner.sockets(), len(runner.files()), runner.tasks(), runner.threads())
         began = time.monotonic()
         self._truth.start()
@@ -189,7 +193,7 @@ class Soak:
 
     def _check_containers(self) -> None:
         ledger = self.ledger
-        wait_until(lambda: not ledger.gone & self._names().keys(), 20)
+        wait_until(lambda: not ledger.gone & self._names().keys(), 40)
         names = self._names().keys()
         self._check("should be gone", sorted(names & ledger.gone))
         self._check("nobody made", sorted(names - ledger.gone - ledger.there.keys() - ledger.doubtful))
@@ -250,6 +254,8 @@ class Soak:
         for name, count, most in zip(("sockets", "files", "tasks"), now, before, strict=False):
             self._check(f"{name} left", [f"{count} where there were {most}"] if count > most else [])
         self._check("threads left", [str(now[3])] if now[3] > before[3] + 2 * (os.cpu_count() or 1) + 8 else [])
+        used = {name: count for name, count in held(runner).items() if name in (*USED, "open streams")}
+        self._check("still used, by the metrics", [f"{name} {count:g}" for name, count in used.items() if count])
         self._check("files left in the spool", [str(path) for path in self._spool.iterdir()])
         self._check("deleted files held", [name for name in runner.files() if name.endswith("(deleted)")])
         more = runner.memory() - memory
@@ -270,7 +276,12 @@ def main() -> int:
     spool = folder / "spool"
     spool.mkdir()
     engine = PrivateEngine(folder / "engine", tied=True)
-    settings = {"TMPDIR": str(spool), "DOCKER_RUNNER_SPOOL": "", "DOCKER_RUNNER_BODY_TIMEOUT_MS": "5000"}
+    settings = {
+        "TMPDIR": str(spool),
+        "DOCKER_RUNNER_BODY_TIMEOUT_MS": "5000",
+        "DOCKER_RUNNER_EXPIRY_INTERVAL_MS": "1000",
+        "DOCKER_RUNNER_ENGINE_WATCH_MS": "1000",
+    }
     print(f"soak: {options.minutes:g} minutes, seed {options.seed}", flush=True)
     try:
         engine.start()

@@ -180,6 +180,24 @@ class Caller(threading.Thread):
             raise
         self._ledger.started(name, made)
 
+    def start_what_expires(self) -> None:
+        name = f"soak-{secrets.token_hex(6)}"
+        try:
+            self._client.start(
+                self._image,
+                name=name,
+                cmd=["sleep", "1d"],
+                network_mode="none",
+                labels={LABEL: "1"},
+                auto_remove=False,
+                ttl_seconds=1,
+                create_extras={"StopSignal": "SIGKILL"},
+            )
+        except RunnerClientError as error:
+            self._ledger.not_started(name, error)
+            raise
+        self._ledger.removed(name, surely=True)
+
     def remove_container(self) -> None:
         if len(self._ledger.there) > 4 and (found := self._ledger.any(self._chance)):
             try:
@@ -286,6 +304,12 @@ class Caller(threading.Thread):
             sock.sendall(head[: self._chance.randrange(1, len(head) + 1)])
             time.sleep(self._chance.random() * 0.1)  # Leaves at any point of it.
 
+    def never_read(self) -> None:
+        target = self._chance.choice(("/events", "/v1/events/sse", f"/containers/{self._container()}/stats"))
+        with self._runner.connect() as sock:
+            sock.sendall(signed_head("GET", target))
+            self._ended.wait(self._chance.random() * 5)
+
     def stranger(self) -> None:
         answer = self._runner.raw(b"GET /containers/json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert answer.startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 503 ")), answer[:100]
@@ -305,6 +329,7 @@ OPERATIONS: tuple[tuple[Callable[[Caller], Any], float], ...] = (
     (Caller.start_container, 1),
     (Caller.remove_container, 0.7),
     (Caller.start_what_cannot, 0.2),
+    (Caller.start_what_expires, 0.2),
     (Caller.exec_run, 1),
     (Caller.exec_past_its_limit, 0.5),
     (Caller.exec_left_alone, 0.5),
@@ -315,6 +340,7 @@ OPERATIONS: tuple[tuple[Callable[[Caller], Any], float], ...] = (
     (Caller.pull, 0.5),
     (Caller.engine_face, 1),
     (Caller.break_off, 1),
+    (Caller.never_read, 0.2),
     (Caller.stranger, 0.5),
     (Caller.half_a_body, 0.5),
     (Caller.many_connections, 0.1),
