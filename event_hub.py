@@ -337,9 +337,10 @@ class EventStream:
         since_ns = time.time_ns()
         try:
             with response:
-                async for chunk in response.chunks():
-                    lines = [line for line in reader.feed(chunk) if sieve.is_new(line)]
-                    own = [line for line in lines if await self._is_own(line)]
+                while chunk := await response.next():
+                    own = [line for line in reader.feed(chunk) if sieve.is_new(line)]
+                    if self._calls.scope_label:
+                        own = [line for line in own if await self._is_own(line)]
                     # From here on without a pause: who joins gets what is in the journal, and not what is sent then.
                     frames = [self.journal.tell(line) for line in own]
                     if reader.left_out > left_out:

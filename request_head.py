@@ -34,7 +34,12 @@ def check_size(target: bytes, fields: Fields, size: int) -> None:
 
 
 def check(version: str, target: bytes, fields: Fields, found: dict[bytes, bytes], size: int) -> None:
-    """Of a whole head. `found` is `dict(fields)`, which is shorter where a name stands twice; `size` may be too much.
+    """Of a whole head.
+
+    Args:
+        version, target, fields: what it says.
+        found: `dict(fields)`, which is shorter where a name stands twice.
+        size: bytes in which the head came, perhaps with something behind it.
 
     Raises:
         RunnerError: as `check_size`; `bad_request`.
