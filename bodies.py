@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
-from streams import SignedChunkError, SignedChunkReader
+from streams import Data, SignedChunkError, SignedChunkReader
 
 log = logging.getLogger("docker_runner.bodies")
 
@@ -177,7 +177,7 @@ class SignedChunks:
         self._limit_in_memory = limit_in_memory
         self._pause_s = pause_s
         self._left = limit
-        self._verified: list[bytes] = []
+        self._verified: list[Data] = []
         self._complete = False
 
     async def begin(self) -> None:
@@ -185,7 +185,7 @@ class SignedChunks:
         while not self._verified and not self._complete:
             await self._read_on()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncIterator[Data]:
         """The verified data, piece by piece.
 
         Raises:

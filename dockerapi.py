@@ -23,6 +23,7 @@ from typing import NamedTuple
 from engine_connection import MAX_HEAD, Connection
 from engine_response import EngineResponse, NotProcessedError, Overflow
 from errors import RunnerError
+from streams import Data
 
 Headers = Sequence[tuple[bytes, bytes]]
 _Identity = tuple[int, int]
@@ -94,7 +95,7 @@ class Engine:
         method: bytes,
         target: bytes,
         headers: Headers = (),
-        body: bytes | AsyncIterator[bytes] | None = None,
+        body: bytes | AsyncIterator[Data] | None = None,
         *,
         length: int | None = None,
         head_s: float | None = None,
@@ -360,12 +361,12 @@ class Engine:
 
 
 def _rendered(
-    method: bytes, target: bytes, headers: Headers, body: bytes | AsyncIterator[bytes] | None, length: int | None
-) -> tuple[bytes, AsyncIterator[bytes] | None]:
+    method: bytes, target: bytes, headers: Headers, body: bytes | AsyncIterator[Data] | None, length: int | None
+) -> tuple[bytes, AsyncIterator[Data] | None]:
     """A request's first bytes, all of it if it is small; else also what follows. See `Engine.request`."""
     lines = [b"%b %b HTTP/1.1\r\nHost: docker\r\n" % (method, target)]
     lines += [b"%b: %b\r\n" % field for field in headers]
-    pieces: AsyncIterator[bytes] | None = None
+    pieces: AsyncIterator[Data] | None = None
     tail = b"\r\n"
     if isinstance(body, bytes):
         lines.append(b"Content-Length: %d\r\n" % len(body))

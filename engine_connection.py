@@ -21,6 +21,7 @@ import httptools
 from engine_response import HIGH_WATER, EngineResponse, NotProcessedError, Overflow
 from errors import RunnerError
 from headers import travel_whole
+from streams import Data
 
 MAX_HEAD = 512 * 1024
 """Security limit: bytes of an answer's head."""
@@ -115,11 +116,11 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
         return answer
 
-    async def write(self, data: bytes) -> None:
-        """Send more; waits while the engine reads slowly."""
+    async def write(self, *parts: Data) -> None:
+        """See `engine_response.Line`."""
         if self.state is _State.CLOSED:
             raise RunnerError("engine_cut_head", "the engine closed the connection during the request's body")
-        self._transport.write(data)
+        self._transport.writelines(parts)
         if self._writable is not None:
             await asyncio.shield(self._writable)  # Who gives up waiting does not end the wait of the next.
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol, Self
 
 from errors import RunnerError
+from streams import Data
 
 HIGH_WATER = 256 * 1024
 """Bytes of one answer that wait to be taken before reading pauses."""
@@ -13,8 +14,8 @@ HIGH_WATER = 256 * 1024
 class Line(Protocol):
     """The connection that an answer comes on, as far as the answer is concerned."""
 
-    async def write(self, data: bytes) -> None:
-        """Send more; waits while the engine reads slowly."""
+    async def write(self, *parts: Data) -> None:
+        """Send more; waits while the engine reads slowly. What is given is not changed until it has left."""
 
     def write_eof(self) -> None:
         """Close our half."""
@@ -182,13 +183,14 @@ class EngineResponse:
                 raise self._failure
             await self._wait()
 
-    async def send(self, body: AsyncIterator[bytes], *, chunked: bool) -> None:
+    async def send(self, body: AsyncIterator[Data], *, chunked: bool) -> None:
         """Write a streamed request body; runs beside the answer, which may begin (and end) before the body does."""
         connection = self._connection
         assert connection is not None
         async for piece in body:
             if piece:
-                await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                # In one write, and never copied: a piece may be a mebibyte.
+                await (connection.write(b"%x\r\n" % len(piece), piece, b"\r\n") if chunked else connection.write(piece))
         if chunked:
             await connection.write(b"0\r\n\r\n")
         connection.request_sent()

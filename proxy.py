@@ -28,7 +28,7 @@ from operations import Kind, Operation
 from policy import Policies, Policy
 from scope import Narrowed, Scopes
 from scope_events import MAX_EVENT, own_events
-from streams import LineFramer, progress_error
+from streams import Data, LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
@@ -272,7 +272,7 @@ def _states_length(request: Request) -> bool:
     return b"content-length" in [name for name, _ in request.headers]
 
 
-def _body(request: Request) -> bytes | AsyncIterator[bytes] | None:
+def _body(request: Request) -> bytes | AsyncIterator[Data] | None:
     if request.body is NO_BODY:
         return b"" if _states_length(request) else None
     data = request.body.data

@@ -200,6 +200,11 @@ class FrameCutter:
         return border
 
 
+Data = bytes | bytearray | memoryview
+"""Bytes on their way, whoever holds them; whoever has given them on does not change them any more."""
+
+MIN_VIEW = 16 * 1024
+"""Bytes of the least piece of a chunk that is not copied: a chunk in a million pieces takes no more room than one."""
 _CHUNK_HEAD = 4 + 32
 
 
@@ -226,17 +231,18 @@ class SignedChunkReader:
         self._max_chunk = max_chunk
         self._head = b""
         self._left = 0
-        self._data = bytearray()
+        self._held: list[Data] = []
         self._digest = hashlib.sha256()
         self.ended = False
         """The record that ends the body has come, and was right."""
 
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        """The data of the chunks that a piece completes, in order.
+    def feed(self, piece: bytes) -> Iterator[Data]:
+        """The data of the chunks that a piece completes, in order; a chunk's may come in parts, all of it verified.
 
         Raises:
             SignedChunkError: what came is not what was signed.
         """
+        view = memoryview(piece)
         at = 0
         while at < len(piece):
             if self.ended:
@@ -250,27 +256,32 @@ class SignedChunkReader:
                 self._left = int.from_bytes(self._head[:4], "big")
                 if self._left > self._max_chunk:
                     raise SignedChunkError(f"a chunk is longer than {self._max_chunk} bytes")
-            data = piece[at : at + self._left]
+            data = view[at : at + self._left]
             at += len(data)
             self._left -= len(data)
             self._digest.update(data)  # As it comes: a whole chunk at once would hold up the other requests.
-            self._data += data
+            self._hold(data)
             if not self._left:
                 yield from self._verified()
 
-    def _verified(self) -> Iterator[bytes]:
+    def _hold(self, data: memoryview) -> None:
+        if len(data) >= MIN_VIEW:
+            self._held.append(data)
+        elif self._held and isinstance(last := self._held[-1], bytearray):
+            last += data
+        elif data:
+            self._held.append(bytearray(data))
+
+    def _verified(self) -> list[Data]:
         signed = self._head[4:]
         expected = chunk_signature(self._secret, self._previous, self._digest.digest())
         if not hmac.compare_digest(expected, signed):
             raise SignedChunkError("the signature of a chunk does not match")
-        data = bytes(self._data)
+        held, self._held = self._held, []
         self._previous, self._head = signed, b""
-        self._data.clear()
         self._digest = hashlib.sha256()
-        if data:
-            yield data
-        else:
-            self.ended = True
+        self.ended = not held
+        return held
 
 
 class Tail:

@@ -70,7 +70,7 @@ def take(body: bytes, at: list[int] | None = None, secret: bytes = KEY, seed: by
     given_out: list[bytes] = []
     try:
         for piece in cut(body, at or []):
-            given_out += reader.feed(piece)
+            given_out += map(bytes, reader.feed(piece))
     except SignedChunkError:
         return Taken(given_out, False)
     return Taken(given_out, reader.ended)
