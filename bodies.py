@@ -2,7 +2,8 @@
 
 A `Body` is kept in memory up to 1 MiB and past that in an unlinked temporary file, so that any number of uploads costs
 little memory; it is hashed as it arrives. Writing and hashing of large bodies happen in a worker thread, a mebibyte at
-a time, so that one upload does not delay the other requests. `SignedChunks` keep one chunk and nothing else.
+a time, so that one upload does not delay the other requests, while the next mebibyte arrives. `SignedChunks` keep one
+chunk and nothing else.
 """
 
 import asyncio
@@ -12,19 +13,19 @@ import tempfile
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from io import FileIO
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from client import EMPTY_BODY_HASH
 from errors import RunnerError
-from streams import Data, SignedChunkError, SignedChunkReader
+from streams import Data, Gathered, SignedChunkError, SignedChunkReader
 
 log = logging.getLogger("docker_runner.bodies")
 
-A = TypeVar("A")
 R = TypeVar("R")
 
 IN_MEMORY = 1024 * 1024
-"""Bytes of one body that are kept in memory; also the size of the pieces a spooled body is written and read in."""
+"""Bytes of one body that are kept in memory; also the size of the pieces a spooled body is written and read in: while
+one is on its way to or from the file, another arrives or leaves."""
 
 
 class Budget:
@@ -56,98 +57,101 @@ class Body:
 
     def __init__(self) -> None:
         self.size = 0
-        self._memory = bytearray()
+        self._memory = Gathered()
         self._hash: hashlib._Hash | None = None
         self._file: FileIO | None = None
-        self._work: asyncio.Future[object] | None = None
+        self._work: asyncio.Future[Any] | None = None
 
     async def write(self, chunk: bytes) -> None:
-        """Append a chunk.
+        """Append a chunk; waits while the file is slower than what arrives.
 
         Raises:
             RunnerError: `spool_failed`, the temporary file could not be written.
         """
         self.size += len(chunk)
-        self._memory += chunk
-        if len(self._memory) > IN_MEMORY:
-            full, self._memory = self._memory, bytearray()
-            await self._keep(full)
+        self._memory.add(chunk)
+        if self._memory.size > IN_MEMORY:
+            await self._kept()
+            self._begin(self._spool, self._memory.take())
 
     async def finish(self) -> str:
-        """The body is complete: return its BODYHASH."""
-        if self._file is None:
-            return b64encode(hashlib.sha256(self._memory).digest()).decode() if self.size else EMPTY_BODY_HASH
-        rest, self._memory = self._memory, bytearray()
-        await self._keep(rest)
+        """The body is complete: return its BODYHASH. Raises as `write`."""
+        if self._work is None:
+            return b64encode(hashlib.sha256(self._memory.whole()).digest()).decode() if self.size else EMPTY_BODY_HASH
+        await self._kept()
+        self._begin(self._spool, self._memory.take())
+        await self._kept()
         assert self._hash is not None
         return b64encode(self._hash.digest()).decode()
 
     @property
     def data(self) -> bytes | None:
         """The whole body, or None where it is too long for memory."""
-        return bytes(self._memory) if self._file is None else None
+        return self._memory.whole() if self._file is None else None
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The whole body from its start, in pieces."""
+        """The whole body from its start, in pieces; the next is read while one is with the taker."""
         if self._file is None:
-            yield bytes(self._memory)
+            yield self._memory.whole()
             return
-        await self._in_thread(self._file.seek, 0)
-        while piece := await self._in_thread(self._file.read, IN_MEMORY):
+        self._file.seek(0)
+        reading = self._begin(self._file.read, IN_MEMORY)
+        while piece := await asyncio.shield(reading):
+            reading = self._begin(self._file.read, IN_MEMORY)
             yield piece
 
     async def read(self, limit: int | None = None) -> bytes | bytearray:
         """The whole body in memory, once. How long it is, is known before: `limit` is for `SignedChunks`."""
         if self._file is None:
-            return bytes(self._memory)
+            return self._memory.whole()
         whole = bytearray(self.size)
-        await self._in_thread(self._file.seek, 0)
+        self._file.seek(0)
         view = memoryview(whole)
-        while view and (size := await self._in_thread(self._read_into, view)):
+        while view and (size := await asyncio.shield(self._begin(self._file.readinto, view))):
             view = view[size:]
         return whole
 
-    def _read_into(self, view: memoryview) -> int:
-        assert self._file is not None
-        return self._file.readinto(view)
-
     def close(self) -> None:
         """Free the memory and the temporary file."""
-        self._memory = bytearray()
-        if self._work is not None and not self._work.done():
-            # A thread still uses the file. Closed under its hands, its descriptor's number could already be a socket.
-            self._work.add_done_callback(lambda _: self._close_file())
-        else:
-            self._close_file()
+        self._memory = Gathered()
+        if self._work is not None:
+            # A thread may still use the file: closed under its hands, its descriptor's number could be a socket's.
+            self._work.add_done_callback(self._close_file)
 
-    def _close_file(self) -> None:
+    def _close_file(self, work: "asyncio.Future[Any]") -> None:
+        if not work.cancelled():
+            work.exception()  # Whoever closes has no use for it.
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    async def _in_thread(self, function: Callable[[A], R], argument: A) -> R:
-        work = asyncio.ensure_future(asyncio.to_thread(function, argument))
-        self._work = cast("asyncio.Future[object]", work)
-        return await asyncio.shield(work)
+    def _begin(self, function: Callable[..., R], *arguments: Any) -> "asyncio.Future[R]":
+        """Do something with the file in a thread, one thing at a time; whoever gives up waiting does not end it."""
+        work = self._work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+        return work
 
-    async def _keep(self, piece: bytearray) -> None:
+    async def _kept(self) -> None:
+        """Wait until what was given to the file is in it."""
+        if self._work is None:
+            return
         try:
-            await self._in_thread(self._spool, piece)
+            await asyncio.shield(self._work)
         except OSError as error:
             # Strangers may cause this: what exactly went wrong, and where, is for the log.
             log.error("a request's body could not be kept in a temporary file: %s; look at TMPDIR (or /tmp)", error)
             raise RunnerError("spool_failed", "the body could not be kept on disk; try again soon") from error
 
-    def _spool(self, piece: bytearray) -> None:
+    def _spool(self, pieces: list[Data]) -> None:
         if self._file is None:
             self._hash = hashlib.sha256()
             # Unbuffered: what is written is in the file, and a full disk is told here and not at close.
             self._file = tempfile.TemporaryFile(prefix="docker-runner-", buffering=0)
         assert self._hash is not None
-        self._hash.update(piece)
-        view = memoryview(piece)
-        while view:
-            view = view[self._file.write(view) :]
+        for piece in pieces:
+            self._hash.update(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[self._file.write(view) :]
 
 
 NO_BODY = Body()

@@ -191,6 +191,7 @@ class Cycle(Caller):
             return {"type": "http.disconnect"}
         pieces, self._body, self._body_size = self._body, [], 0
         self._end_untold = False
+        self._peer.resume_reading()  # While the application works on these, the next arrive.
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return {"type": "http.request", "body": body, "more_body": self.more_body}
 

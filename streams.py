@@ -203,8 +203,40 @@ class FrameCutter:
 Data = bytes | bytearray | memoryview
 """Bytes on their way, whoever holds them; whoever has given them on does not change them any more."""
 
-MIN_VIEW = 16 * 1024
-"""Bytes of the least piece of a chunk that is not copied: a chunk in a million pieces takes no more room than one."""
+MIN_UNCOPIED = 16 * 1024
+"""Bytes of the least piece that is held as it came: what comes in a million pieces takes no more room than in one."""
+
+
+class Gathered:
+    """Pieces of a body that are held until they are enough: large ones uncopied, small ones put together.
+
+    How much it holds is for its owner to bound; it takes about `size` bytes, and the buffers that views are of.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[Data] = []
+
+    def add(self, piece: Data) -> None:
+        """Hold one more."""
+        self.size += len(piece)
+        if len(piece) >= MIN_UNCOPIED:
+            self._pieces.append(piece)
+        elif self._pieces and isinstance(last := self._pieces[-1], bytearray):
+            last += piece
+        elif piece:
+            self._pieces.append(bytearray(piece))
+
+    def take(self) -> list[Data]:
+        """All that is held, in order, and hold nothing."""
+        pieces, self._pieces, self.size = self._pieces, [], 0
+        return pieces
+
+    def whole(self) -> bytes:
+        """A copy of all that is held."""
+        return b"".join(self._pieces)
+
+
 _CHUNK_HEAD = 4 + 32
 
 
@@ -231,7 +263,7 @@ class SignedChunkReader:
         self._max_chunk = max_chunk
         self._head = b""
         self._left = 0
-        self._held: list[Data] = []
+        self._held = Gathered()
         self._digest = hashlib.sha256()
         self.ended = False
         """The record that ends the body has come, and was right."""
@@ -260,28 +292,19 @@ class SignedChunkReader:
             at += len(data)
             self._left -= len(data)
             self._digest.update(data)  # As it comes: a whole chunk at once would hold up the other requests.
-            self._hold(data)
+            self._held.add(data)
             if not self._left:
                 yield from self._verified()
-
-    def _hold(self, data: memoryview) -> None:
-        if len(data) >= MIN_VIEW:
-            self._held.append(data)
-        elif self._held and isinstance(last := self._held[-1], bytearray):
-            last += data
-        elif data:
-            self._held.append(bytearray(data))
 
     def _verified(self) -> list[Data]:
         signed = self._head[4:]
         expected = chunk_signature(self._secret, self._previous, self._digest.digest())
         if not hmac.compare_digest(expected, signed):
             raise SignedChunkError("the signature of a chunk does not match")
-        held, self._held = self._held, []
         self._previous, self._head = signed, b""
         self._digest = hashlib.sha256()
-        self.ended = not held
-        return held
+        self.ended = not self._held.size
+        return self._held.take()
 
 
 class Tail:
