@@ -153,7 +153,7 @@ async def _log_messages(opening: Awaitable[EngineResponse], *, tty: bool) -> Asy
 
 
 def _chunk(data: bytes) -> bytes:
-    return sse(b'{"type":"chunk","data":"' + base64.b64encode(data) + b'"}')
+    return sse(b'{"type":"chunk","data":"', base64.b64encode(data), b'"}')
 
 
 def event_filters(given: str | None) -> str:
@@ -263,4 +263,4 @@ async def _pull_messages(first: bytes | None, progress: AsyncGenerator[bytes, No
 
 
 def _progress(line: bytes) -> bytes:
-    return sse(b'{"type":"progress","event":' + line.strip() + b"}")
+    return sse(b'{"type":"progress","event":', line.strip(), b"}")

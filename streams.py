@@ -5,6 +5,7 @@ The one idea: a stream's bytes are the engine's and are never changed here; only
 
 import hashlib
 import hmac
+import struct
 from collections.abc import Iterator
 
 import msgspec
@@ -105,7 +106,10 @@ class LineReader:
 STDOUT, STDERR = 1, 2
 MAX_FRAME = 1024 * 1024
 """Bytes of one multiplexed frame that are held back at most; a longer frame passes as it comes."""
-_HEADER = 8
+_HEADER = struct.Struct(">II")
+# The first word is the stream and three zeros. 0 is stdin, which the engine never sends, and 3 its own errors; both
+# read best as stderr.
+_STREAMS = {0: STDERR, 1 << 24: STDOUT, 2 << 24: STDERR, 3 << 24: STDERR}
 
 
 class FramingError(Exception):
@@ -135,24 +139,41 @@ class FrameReader:
         Raises:
             FramingError: a header is none.
         """
-        at = 0
-        while at < len(chunk):
-            if self._left:
-                piece = chunk[at : at + self._left]
-                at += len(piece)
-                self._left -= len(piece)
-                yield self._stream, piece
-                continue
-            needed = chunk[at : at + _HEADER - len(self._header)]
-            at += len(needed)
-            self._header += needed
-            if len(self._header) == _HEADER:
-                if self._header[0] > 3 or self._header[1:4] != b"\0\0\0":
-                    raise FramingError(f"no frame begins with {self._header!r}")
-                # 0 is stdin, which the engine never sends, and 3 its own errors; both read best as stderr.
-                self._stream = STDOUT if self._header[0] == STDOUT else STDERR
-                self._left = int.from_bytes(self._header[4:], "big")
-                self._header = b""
+        for start, end in self._spans(chunk):
+            if start < end:
+                yield self._stream, chunk[start:end]
+
+    def last_border(self, chunk: bytes) -> int | None:
+        """Take a chunk as `feed` does, and tell where in it the last whole frame ends; None if none does."""
+        border = None
+        for _, end in self._spans(chunk):
+            if not self._left:
+                border = end
+        return border
+
+    def _spans(self, chunk: bytes) -> Iterator[tuple[int, int]]:
+        """Where the payloads in a chunk begin and end. A log of short lines is a frame for each."""
+        at, size = 0, len(chunk)
+        while at < size:
+            if not self._left:
+                if not self._header and size - at >= _HEADER.size:
+                    kind, self._left = _HEADER.unpack_from(chunk, at)
+                    at += _HEADER.size
+                else:
+                    needed = chunk[at : at + _HEADER.size - len(self._header)]
+                    at += len(needed)
+                    self._header += needed
+                    if len(self._header) < _HEADER.size:
+                        return
+                    kind, self._left = _HEADER.unpack(self._header)
+                    self._header = b""
+                if kind not in _STREAMS:
+                    raise FramingError(f"no frame begins with {_HEADER.pack(kind, self._left)!r}")
+                self._stream = _STREAMS[kind]
+            end = min(at + self._left, size)
+            self._left -= end - at
+            yield at, end
+            at = end
 
 
 class FrameCutter:
@@ -170,7 +191,7 @@ class FrameCutter:
         Raises:
             FramingError: as `FrameReader.feed`.
         """
-        cut = self._last_border(chunk)
+        cut = self._reader.last_border(chunk)
         if cut is None:
             self._held.append(chunk)
             self._held_size += len(chunk)
@@ -186,18 +207,6 @@ class FrameCutter:
     def tail(self) -> bytes:
         """The unfinished last frame, for a stream that ended whole."""
         return b"".join(self._held)
-
-    def _last_border(self, chunk: bytes) -> int | None:
-        """Where in the chunk the last whole frame ends."""
-        reader, border, at = self._reader, None, 0
-        while at < len(chunk):
-            step = reader._left or _HEADER - len(reader._header)
-            for _ in reader.feed(chunk[at : at + step]):
-                pass
-            at = min(at + step, len(chunk))
-            if reader.between_frames:
-                border = at
-        return border
 
 
 Data = bytes | bytearray | memoryview
@@ -333,12 +342,12 @@ KEEP_ALIVE = b": keep-alive\n\n"
 """An SSE comment: nothing to the client, a sign of life to everything in between."""
 
 
-def sse(message: bytes) -> bytes:
-    """One message of a server-sent event stream: JSON without line breaks, on one `data:` line.
+def sse(*message: bytes) -> bytes:
+    """One message of a server-sent event stream, in parts: JSON without line breaks, on one `data:` line.
 
     Source: the HTML standard, section "Server-sent events".
     """
-    return b"data: " + message + b"\n\n"
+    return b"".join((b"data: ", *message, b"\n\n"))
 
 
 def progress_error(message: str) -> bytes:
