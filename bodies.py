@@ -9,6 +9,7 @@ chunk and nothing else.
 import asyncio
 import hashlib
 import logging
+import os
 import tempfile
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
@@ -94,10 +95,11 @@ class Body:
         if self._file is None:
             yield self._memory.whole()
             return
-        self._file.seek(0)
-        reading = self._begin(self._file.read, IN_MEMORY)
+        file, at = self._file.fileno(), 0
+        reading = self._begin(os.pread, file, IN_MEMORY, at)
         while piece := await asyncio.shield(reading):
-            reading = self._begin(self._file.read, IN_MEMORY)
+            at += len(piece)
+            reading = self._begin(os.pread, file, IN_MEMORY, at)
             yield piece
 
     async def read(self, limit: int | None = None) -> bytes | bytearray:
@@ -105,10 +107,9 @@ class Body:
         if self._file is None:
             return self._memory.whole()
         whole = bytearray(self.size)
-        self._file.seek(0)
-        view = memoryview(whole)
-        while view and (size := await asyncio.shield(self._begin(self._file.readinto, view))):
-            view = view[size:]
+        view, at = memoryview(whole), 0
+        while read := await asyncio.shield(self._begin(os.preadv, self._file.fileno(), [view[at:]], at)):
+            at += read
         return whole
 
     def close(self) -> None:
@@ -126,9 +127,16 @@ class Body:
             self._file = None
 
     def _begin(self, function: Callable[..., R], *arguments: Any) -> "asyncio.Future[R]":
-        """Do something with the file in a thread, one thing at a time; whoever gives up waiting does not end it."""
-        work = self._work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-        return work
+        """Do something with the file in a thread, after what was begun before; who gives up waiting does not end it."""
+        before = self._work
+
+        async def work() -> R:
+            if before is not None and not before.done():
+                await asyncio.wait((before,))
+            return await asyncio.to_thread(function, *arguments)
+
+        begun = self._work = asyncio.ensure_future(work())
+        return begun
 
     async def _kept(self) -> None:
         """Wait until what was given to the file is in it."""

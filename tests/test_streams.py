@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from execs import _Output
-from streams import STDERR, STDOUT, FrameCutter, FrameReader, FramingError, LineFramer, Tail, progress_error
+from streams import (
+    MIN_UNCOPIED,
+    STDERR,
+    STDOUT,
+    FrameCutter,
+    FrameReader,
+    FramingError,
+    Gathered,
+    LineFramer,
+    Tail,
+    progress_error,
+)
 
 # Line breaks are frequent, so that most examples hold several lines, empty ones among them.
 streams = st.lists(st.one_of(st.just(b"\n"), st.binary(max_size=40)), max_size=40).map(b"".join)
@@ -149,3 +160,24 @@ def test_a_tail_is_the_end_of_what_was_added(pieces: list[bytes], size: int) -> 
         added += piece
         assert tail.get() == added[-size:]
         assert len(tail._kept) <= 2 * size
+
+
+@given(st.lists(st.sampled_from((0, 1, 100, MIN_UNCOPIED - 1, MIN_UNCOPIED, 40_000)), max_size=12))
+def test_what_is_gathered_is_what_came(sizes: list[int]) -> None:
+    pieces = [bytes([number]) * size for number, size in enumerate(sizes)]
+    gathered = Gathered()
+    for piece in pieces:
+        gathered.add(piece)
+    assert (gathered.size, gathered.whole()) == (sum(sizes), b"".join(pieces))
+    assert b"".join(gathered.take()) == b"".join(pieces)
+    assert (gathered.size, gathered.take()) == (0, [])
+
+
+def test_what_comes_byte_by_byte_takes_no_more_room_and_what_is_large_is_not_copied() -> None:
+    gathered = Gathered()
+    large = bytes(MIN_UNCOPIED)
+    for piece in (*[b"x"] * 50_000, large, *[b"y"] * 50_000):
+        gathered.add(piece)
+    first, second, third = gathered.take()
+    assert (first, third) == (b"x" * 50_000, b"y" * 50_000)
+    assert second is large
