@@ -134,7 +134,8 @@ class Connection(asyncio.Protocol):
     def request_sent(self) -> None:
         """The request's body is complete."""
         self._sent = True
-        self._transport.set_write_buffer_limits()
+        if self.state is not _State.CLOSED:
+            self._transport.set_write_buffer_limits()
 
     def write_eof(self) -> None:
         """Close our half."""
