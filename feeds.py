@@ -20,7 +20,7 @@ from errors import RunnerError
 from event_fanout import Caller, Subscriber
 from event_hub import EventHub, EventStream, Wish
 from event_journal import read_position
-from streams import KEEP_ALIVE, FrameCutter, FramingError, sse
+from streams import GATHER_S, KEEP_ALIVE, MIN_UNCOPIED, FrameCutter, FramingError, sse
 
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache, no-transform")]
 END = sse(b'{"type":"end"}')
@@ -119,7 +119,7 @@ async def logs(calls: Calls, container: str, query: dict[str, Any], keep_alive_s
         _abandon(opening)
         raise
     return Feed(
-        _log_messages(opening, tty=tty),
+        _log_messages(opening, tty=tty, gather=not following),
         keep_alive_s=keep_alive_s,
         close=lambda: _abandon(opening),
         endless=following,
@@ -137,7 +137,7 @@ def _close(opening: asyncio.Future[EngineResponse]) -> None:
         opening.result().close()
 
 
-async def _log_messages(opening: Awaitable[EngineResponse], *, tty: bool) -> AsyncGenerator[bytes, None]:
+async def _log_messages(opening: Awaitable[EngineResponse], *, tty: bool, gather: bool) -> AsyncGenerator[bytes, None]:
     cutter = FrameCutter()
     try:
         response = await opening
@@ -145,6 +145,8 @@ async def _log_messages(opening: Awaitable[EngineResponse], *, tty: bool) -> Asy
             whole = chunk if tty else cutter.feed(chunk)
             if whole:
                 yield _chunk(whole)
+            if gather and not response.ended and len(chunk) < MIN_UNCOPIED:
+                await asyncio.sleep(GATHER_S)
     except FramingError as error:
         raise RunnerError("engine_garbage", f"the engine's log is no multiplexed stream: {error}") from error
     if tail := cutter.tail():

@@ -28,7 +28,7 @@ from operations import Kind, Operation
 from policy import Policies, Policy
 from scope import Narrowed, Scopes
 from scope_events import MAX_EVENT, own_events
-from streams import Data, LineFramer, progress_error
+from streams import GATHER_S, MIN_UNCOPIED, Data, LineFramer, progress_error
 from strict_json import MAX_INSPECTED
 
 _CUT_AT_LINES = frozenset((Kind.LINES, Kind.PROGRESS, Kind.EVENTS))
@@ -113,7 +113,8 @@ class EngineFace:
             else:
                 if operation.kind is Kind.EVENTS:
                     send = self._metrics.watching_events(send)
-                await _relay(response, operation.kind, connection, send, is_own=is_own)
+                gather = not isinstance(operation.lasting, bool) and not request.lasting
+                await _relay(response, operation.kind, connection, send, is_own=is_own, gather=gather)
                 if operation.kind is Kind.PROGRESS and isinstance(response.failure, RunnerError):
                     request.broke = response.failure  # It was told in-band.
 
@@ -220,10 +221,12 @@ async def _relay(
     *,
     is_own: Callable[[bytes], Awaitable[bool]] | None = None,
     check_whole: Callable[[], Awaitable[None]] | None = None,
+    gather: bool = False,
 ) -> None:
     """Give the engine's answer to the caller, as it comes.
 
     Of the lines of events, those that `is_own` says are the caller's; `check_whole` is asked before the end is told.
+    With `gather`, small pieces may wait for more: see `streams.GATHER_S`.
     """
     if response.failure is not None:
         raise response.failure  # Broken before anything of it was passed on: that can still be said.
@@ -251,6 +254,8 @@ async def _relay(
                 chunk = b"".join([line for line in chunk.splitlines(keepends=True) if await is_own(line)])
             if chunk or ended:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
+            if gather and not ended and len(chunk) < MIN_UNCOPIED:
+                await asyncio.sleep(GATHER_S)
     except (RunnerError, asyncio.CancelledError) as error:
         if kind is not Kind.PROGRESS or framer is None or framer.within_line or connection.disconnected:
             raise
