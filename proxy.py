@@ -113,6 +113,7 @@ class EngineFace:
             else:
                 if operation.kind is Kind.EVENTS:
                     send = self._metrics.watching_events(send)
+                # What could be followed and is not: a log as far as it goes.
                 gather = not isinstance(operation.lasting, bool) and not request.lasting
                 await _relay(response, operation.kind, connection, send, is_own=is_own, gather=gather)
                 if operation.kind is Kind.PROGRESS and isinstance(response.failure, RunnerError):
