@@ -285,6 +285,8 @@ class Connection(asyncio.Protocol):
             ] != [b"chunked"]:
                 raise ValueError("the engine sent a transfer coding that nobody asked for")
             self._until_eof = not answer.chunked and b"\ncontent-length:" not in lowered
+            if self._until_eof:
+                answer.travels_whole = False
 
     def on_body(self, body: bytes) -> None:
         """httptools."""

@@ -55,7 +55,7 @@ class EngineResponse:
     lowered = b"\n"
     """The same in lower case, behind a newline: a name's beginning is found by the newline before it."""
     travels_whole = False
-    """See `headers.travel_whole`."""
+    """The fields can be passed on as they stand (`headers.travel_whole`), and say where the body ends."""
     chunked = False
     """The body comes in chunks."""
     complete = False

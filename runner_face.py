@@ -319,5 +319,6 @@ async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    allow = (b"allow", (error.headers or {})["Allow"].encode())
+    # Starlette's are in the order of a set, which is another with each start.
+    allow = (b"allow", ", ".join(sorted((error.headers or {})["Allow"].split(", "))).encode())
     raise RunnerError("method_not_allowed", f"{request.method} is not allowed here", headers=(allow,))

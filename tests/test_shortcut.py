@@ -98,6 +98,18 @@ class TestAnswers:
         warm(runner, scripted, answers(head + b"\r\n" + chunked(b"one", b"two")))
         assert asked(runner).endswith(b"\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nonetwo\r\n0\r\n\r\n")
 
+    @pytest.mark.parametrize("status_line", [b"HTTP/1.0 200 OK", b"HTTP/1.1 200 OK"])
+    def test_an_answer_that_ends_with_its_connection_is_told_where_it_ends(
+        self, runner: Runner, scripted: ScriptedEngine, status_line: bytes
+    ) -> None:
+        warm(runner, scripted, after_a_ping(lambda peer: peer.send(status_line + b"\r\nA: b\r\n\r\nall of it")))
+        with runner.connect() as sock:
+            sock.sendall(signed_head("GET", "/info", b"", "X-Request-Id: mine"))
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n"):
+                answer += sock.recv(65536)
+        assert b"\r\ntransfer-encoding: chunked\r\n\r\n9\r\nall of it\r\n0\r\n\r\n" in answer
+
     def test_a_chunked_answer_to_http_1_0_is_not(self, runner: Runner, scripted: ScriptedEngine) -> None:
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
         warm(runner, scripted, answers(head + b"\r\n" + chunked(b"one", b"two")))
