@@ -462,12 +462,15 @@ def _check_no_id(name: str) -> None:
         raise RunnerError("policy_denied", "within a scope, nothing may have a name that reads as an id")
 
 
+_FILTERS = msgspec.json.Decoder(dict[str, list[str] | dict[str, bool]])
+
+
 def _filters(text: str) -> dict[str, list[str]]:
     """The engine's filters; in older versions of the API the values are the keys of an object."""
     if not text:
         return {}
     try:
-        found = msgspec.json.decode(text, type=dict[str, list[str] | dict[str, bool]])
+        found = _FILTERS.decode(text)
     except msgspec.MsgspecError as error:
         raise RunnerError("validation_error", f"filters: {error}") from error
     return {
