@@ -66,6 +66,7 @@ class Cycle(Caller):
         keep_alive: the connection stays open after the answer, as far as the caller is concerned.
     """
 
+    # Defaults of the class: most requests change few of these, and to make all would be a good part of their cost.
     disconnected = False
     response_started = False
     response_complete = False
