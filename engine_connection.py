@@ -10,6 +10,7 @@ that the engine notices.
 import asyncio
 import contextlib
 import enum
+import re
 import select
 import socket
 import time
@@ -29,6 +30,8 @@ MAX_HEAD = 512 * 1024
 WRITE_AHEAD = 1024 * 1024
 """Bytes of a request's body that wait for the engine here, and as many in the kernel (fewer if net.core.wmem_max is).
 The engine needs some 40 ms before it reads any; and whenever it finds nothing to read, both sides pay a switch."""
+
+_ANNOUNCES_BODY = re.compile(rb"\n(?:content-length|transfer-encoding):", re.IGNORECASE)
 
 
 class _State(enum.Enum):
@@ -249,6 +252,8 @@ class Connection(asyncio.Protocol):
         head = self._head if self._head.startswith(b"H") else self._head.lstrip(b"\r\n")  # As the parser does.
         end = head.find(b"\r\n\r\n")
         if 100 <= status < 200 and status != 101:
+            if _ANNOUNCES_BODY.search(head, 0, end):  # Which the parser would read, and give as part of the answer's.
+                raise ValueError("the engine sent an interim answer with a body")
             self._head = head[end + 4 :]
             return
         if not (200 <= status < 600 or (status == 101 and self._asks_upgrade)):
@@ -271,19 +276,17 @@ class Connection(asyncio.Protocol):
         answer.fields = fields
         if status == 101:
             return
-        self._keep = self._parser.should_keep_alive()
+        is_coded = b"\ntransfer-encoding:" in lowered
+        if is_coded and [
+            value.lower() for name, value in answer.headers if name.lower() == b"transfer-encoding"
+        ] != [b"chunked"]:
+            raise ValueError("the engine sent a transfer coding that nobody asked for")
         if self._method == b"HEAD":
             # The parser knows nothing of HEAD: it would wait for a body, without a length until the connection's end.
             answer.completed()
-            self._keep = self._parser.get_http_version() == "1.1" and not any(
-                name.lower() == b"connection" and value.lower() == b"close" for name, value in answer.headers
-            )
+            self._keep = self._parser.get_http_version() == "1.1" and b"\nconnection:" not in lowered
         elif status not in (204, 304):
-            answer.chunked = b"\ntransfer-encoding:" in lowered
-            if answer.chunked and [
-                value.lower() for name, value in answer.headers if name.lower() == b"transfer-encoding"
-            ] != [b"chunked"]:
-                raise ValueError("the engine sent a transfer coding that nobody asked for")
+            answer.chunked = is_coded
             self._until_eof = not answer.chunked and b"\ncontent-length:" not in lowered
             if self._until_eof:
                 answer.travels_whole = False
@@ -299,6 +302,8 @@ class Connection(asyncio.Protocol):
         answer = self._answer
         if answer is not None and answer.status and answer.status != 101:
             answer.completed()
+            if self._method != b"HEAD":
+                self._keep = self._parser.should_keep_alive()  # A trailer may have said `Connection: close`.
 
     # Inside.
 

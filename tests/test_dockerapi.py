@@ -35,6 +35,7 @@ from scripted import OK, PATIENCE_S, Peer, ScriptedEngine, chunked, listener_tha
 
 ONE_READ = 256 * 1024
 """What both loops read from a socket at most at once."""
+CODED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 KERNEL = 1024 * 1024
 """More than a Unix socket's two buffers hold."""
 
@@ -805,6 +806,7 @@ class TestAnswers:
             (b"HEAD", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 200, b"", True),
             (b"HEAD", b"HTTP/1.1 200 OK\r\nX-Docker-Container-Path-Stat: e30=\r\n\r\n", 200, b"", True),
             (b"HEAD", b"HTTP/1.1 404 No\r\nContent-Length: 9\r\nConnection: close\r\n\r\n", 404, b"", False),
+            (b"HEAD", b"HTTP/1.1 404 No\r\nContent-Length: 9\r\nConnection: x, Close\r\n\r\n", 404, b"", False),
             (b"HEAD", b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n", 200, b"", False),
             (b"POST", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b"", True),
             (b"POST", b"HTTP/1.1 304 Not Modified\r\n\r\n", 304, b"", True),
@@ -814,6 +816,7 @@ class TestAnswers:
             (b"GET", b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, b"ok", False),
             (b"POST", b"HTTP/1.1 100 Continue\r\n\r\n" + OK, 200, b"ok", True),
             (b"POST", b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n" + OK, 200, b"ok", True),
+            (b"GET", CODED + b"2\r\nok\r\n0\r\nConnection: close\r\n\r\n", 200, b"ok", False),
             (b"GET", OK + OK, 200, b"ok", False),
             (b"GET", OK + b"garbage", 200, b"ok", False),
             (b"HEAD", b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody", 200, b"", False),
@@ -831,6 +834,30 @@ class TestAnswers:
                         assert engine.connections == 1
                     else:
                         await until(lambda engine=engine: engine.open == 0)  # type: ignore[misc]
+                    docker.close()
+
+        run(test())
+
+    @pytest.mark.parametrize(
+        ("method", "answer"),
+        [
+            (b"GET", b"HTTP/1.1 150 Odd\r\nContent-Length: 5\r\n\r\nhello" + OK),
+            (b"GET", b"HTTP/1.1 199 Odd\r\ncontent-length:11\r\n\r\nH\r\nX-Y: z\r\n" + OK),
+            (b"GET", b"HTTP/1.1 150 Odd\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + OK),
+            (b"GET", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 150 Odd\r\nContent-Length: 5\r\n\r\nhello" + OK),
+            (b"HEAD", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"),
+            (b"GET", b"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: gzip\r\n\r\n"),
+            (b"GET", b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: xchunked\r\n\r\n"),
+        ],
+    )
+    def test_what_two_readers_could_take_for_different_answers_is_none(
+        self, run: Run, method: bytes, answer: bytes
+    ) -> None:
+        async def test() -> None:
+            for cuts in [(answer,), tuple(answer[at : at + 7] for at in range(0, len(answer), 7))]:
+                with ScriptedEngine(lambda peer, cuts=cuts: peer.read_request() and peer.send(*cuts)) as engine:  # type: ignore[misc]
+                    docker = client(engine)
+                    assert await code_of(fetch(docker, method=method)) == "engine_garbage"
                     docker.close()
 
         run(test())

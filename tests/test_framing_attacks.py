@@ -373,6 +373,11 @@ ANSWERS = (
     Wrong("a status of four digits", b"HTTP/1.1 2000 OK\r\n" + LENGTH + b"\r\nok"),
     Wrong("a status past all", b"HTTP/1.1 999 OK\r\n" + LENGTH + b"\r\nok"),
     Wrong("a protocol that nobody asked for", b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\n"),
+    Wrong(
+        "an interim answer with a body",
+        b"HTTP/1.1 150 X\r\nContent-Length: 1\r\n\r\n!HTTP/1.1 200 OK\r\n" + LENGTH + b"\r\nok",
+    ),
+    Wrong("a coding where there is no body", b"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: gzip\r\n\r\n"),
     Wrong("no HTTP", b"SSH-2.0-OpenSSH_9.2\r\n"),
     Wrong("an escape in the reason", b"HTTP/1.1 200 \x1b[31m\r\n" + LENGTH + b"\r\nok", None),
     answer("a length with a blank after it", b"Content-Length: 2 \r\n", None),
