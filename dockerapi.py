@@ -255,7 +255,7 @@ class Engine:
     def _close_unneeded(self) -> None:
         """Close what nobody has needed for a while, but for a few."""
         self._look = None
-        for connection in self._idle[: max(0, self._unneeded - SPARE)]:
+        for connection in self._idle[: max(0, min(self._unneeded, len(self._idle)) - SPARE)]:
             connection.close()
         self._watch_idle()
 

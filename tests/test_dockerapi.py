@@ -304,6 +304,31 @@ class TestPool:
 
         run(test())
 
+    def test_those_that_the_engine_closes_count_as_gone(self, run: Run) -> None:
+        async def test() -> None:
+            many, kept = 2 * SPARE, 4
+            together = threading.Barrier(many)
+
+            def script(peer: Peer) -> None:
+                while peer.read_request():
+                    together.wait(PATIENCE_S)
+                    peer.send(OK)
+                    if peer.number > kept:
+                        peer.engine.go.wait()
+                        return
+
+            with ScriptedEngine(script) as engine:
+                docker = Engine(engine.path, max_connections=many, queue_s=5, connect_s=2, spare_s=0.5)
+                await asyncio.gather(*(fetch(docker) for _ in range(many)))
+                engine.go.set()
+                await until(lambda: docker.use().idle <= kept)
+                ended = asyncio.get_running_loop().time() + 1
+                await until(lambda: asyncio.get_running_loop().time() > ended)  # Past the next look.
+                assert docker.use().idle == kept
+                docker.close()
+
+        run(test())
+
     def test_connections_that_are_needed_again_and_again_stay(self, run: Run) -> None:
         async def test() -> None:
             many = SPARE + 4
