@@ -173,7 +173,7 @@ def event_filters(given: str | None) -> str:
         padded = given.translate(str.maketrans("-_", "+/")).rstrip("=")
         text = base64.b64decode(padded + "=" * (-len(padded) % 4), validate=True)
         msgspec.json.decode(text)
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError, RecursionError):
         return default
     with contextlib.suppress(msgspec.ValidationError):
         filters = _FILTERS.decode(text)
