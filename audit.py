@@ -121,7 +121,7 @@ class Audit:
             decision=decision,
             operation=operation,
             operations=asked.stands_for if asked else (),
-            request="" if asked else shown(f"{method} {target.partition(b'?')[0].decode('latin-1')}"),
+            request="" if asked else shown(f"{method} {target.partition(b'?')[0].decode('latin-1')}".strip()),
             object=shown(asked.named()) if asked else "",
             status=status,
             code=error.code if error else "",

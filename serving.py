@@ -159,7 +159,6 @@ class _Service:
         client = refusal.local or admission.address(refusal.client)
         error = refusal.error
         log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request_id": refusal.id})
-        log.info("%s refused: %s: %s", client, error.code, error.message, extra={"request": f"[{refusal.id}] "})
         self._app.metrics.refused(refusal.target, error)
         self._app.audit.record(
             request_id=refusal.id,

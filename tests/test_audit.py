@@ -263,6 +263,11 @@ class TestWhatIsTold:
         audited.raw(f"GET /version?x HTTP/1.1\r\nX-Request-Id: {request_id}\r\n\r\n".encode())
         known(told.of(request_id), decision="refused", request="GET /version", code="bad_request", status=400)
 
+    def test_bytes_that_are_no_request(self, audited: Runner, told: Told) -> None:
+        found = re.search(rb"\r\nx-request-id: ([0-9a-f]{16})\r\n", audited.raw(b"\0"))
+        assert found is not None
+        known(told.of(found[1].decode()), decision="refused", code="bad_request", status=400)
+
     def test_a_stream_when_it_ends(self, audited: Runner, told: Told, box: str) -> None:
         config = {"Cmd": ["sh", "-c", "sleep 0.2; head -c 100000 /dev/zero"], "AttachStdout": True, "Tty": True}
         made = audited.request("POST", f"/containers/{box}/exec", json.dumps(config).encode(), JSON)

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from client import __version__, sign
 from conftest import free_port
 from dev import wait_until
 from dev.engine import Engine
-from service import ROOT, SECRET
+from service import ROOT, SECRET, read_to_end
 from sessions import session_target
 
 HEAD = ["time", "level", "logger", "message"]
@@ -125,6 +126,15 @@ def test_one_id_from_the_tool_to_both_logs(engine: Engine, tmp_path: Path) -> No
         assert [list(line)[:5] for line in lost] == [[*HEAD, "request_id"]] * 2
         assert (lost[0]["request_id"], lost[0]["level"], lost[0]["logger"]) == ("lost", "warn", "docker_runner.bridge")
         assert re.fullmatch(r"[0-9a-f]{16}", lost[1]["request_id"])
+
+
+def test_what_the_server_refuses_is_told_once(tmp_path: Path) -> None:
+    with serving(str(tmp_path / "none")) as watched:
+        with socket.create_connection(("127.0.0.1", port_of(watched)), timeout=10) as sock:
+            sock.sendall(b"GET /version HTTP/1.1\r\nX-Request-Id: mine\r\n\r\n")
+            assert read_to_end(sock).startswith(b"HTTP/1.1 400 ")
+        watched.stop()
+        assert [line["request_id"] for line in watched.err.lines if "refused" in line["message"]] == ["mine"]
 
 
 def test_the_id_that_a_bridge_gives_is_the_runners(engine: Engine, tmp_path: Path) -> None:
