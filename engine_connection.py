@@ -274,22 +274,8 @@ class Connection(asyncio.Protocol):
         if self._operation:
             self._on_answered(self._operation, time.perf_counter() - self._began)
         answer.fields = fields
-        if status == 101:
-            return
-        is_coded = b"\ntransfer-encoding:" in lowered
-        if is_coded and [
-            value.lower() for name, value in answer.headers if name.lower() == b"transfer-encoding"
-        ] != [b"chunked"]:
-            raise ValueError("the engine sent a transfer coding that nobody asked for")
-        if self._method == b"HEAD":
-            # The parser knows nothing of HEAD: it would wait for a body, without a length until the connection's end.
-            answer.completed()
-            self._keep = self._parser.get_http_version() == "1.1" and b"\nconnection:" not in lowered
-        elif status not in (204, 304):
-            answer.chunked = is_coded
-            self._until_eof = not answer.chunked and b"\ncontent-length:" not in lowered
-            if self._until_eof:
-                answer.travels_whole = False
+        if status != 101:
+            self._frame(answer)
 
     def on_body(self, body: bytes) -> None:
         """httptools."""
@@ -306,6 +292,24 @@ class Connection(asyncio.Protocol):
                 self._keep = self._parser.should_keep_alive()  # A trailer may have said `Connection: close`.
 
     # Inside.
+
+    def _frame(self, answer: EngineResponse) -> None:
+        """See where the body ends, whose head has come, and whether the connection can be kept then."""
+        lowered = answer.lowered
+        codings = []
+        if b"\ntransfer-encoding:" in lowered:
+            codings = [value.lower() for name, value in answer.headers if name.lower() == b"transfer-encoding"]
+            if codings != [b"chunked"]:
+                raise ValueError("the engine sent a transfer coding that nobody asked for")
+        if self._method == b"HEAD":
+            # The parser knows nothing of HEAD: it would wait for a body, without a length until the connection's end.
+            answer.completed()
+            self._keep = self._parser.get_http_version() == "1.1" and b"\nconnection:" not in lowered
+        elif answer.status not in (204, 304):
+            answer.chunked = bool(codings)
+            self._until_eof = not codings and b"\ncontent-length:" not in lowered
+            if self._until_eof:
+                answer.travels_whole = False
 
     def _receive_rest(self) -> None:
         """A failed write ends the transport: take what the engine said (413, say) before it closed on our bytes."""
