@@ -31,7 +31,7 @@ EMPTY_HASH = EMPTY_BODY_HASH.encode()
 
 
 class Connection(Protocol):
-    """What the server knows of a caller and ASGI cannot say; `server.py` puts it into `scope["docker_runner"]`."""
+    """What the server knows of a caller and ASGI cannot say; it puts it into `scope["docker_runner"]`."""
 
     method: str
     """Of the request, in upper case."""

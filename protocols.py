@@ -235,9 +235,7 @@ class HttpProtocol(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """httptools."""
         if self._cycle is not None and not self._cycle.response_complete:
-            raise self._violates(
-                RunnerError("pipelining_refused", "a second request came before the answer to the first")
-            )
+            raise self._violates(_second_request())
         self._in_head = True
         self._head_size = 0
         self._method = ""

@@ -100,7 +100,7 @@ class _Exchange:
             else:
                 cycle.respond(answer.status, end_to_end(answer.headers, HOP_BY_HOP), answer.take())
         except Exception:
-            log.exception("a defect while an answer was given")
+            log.exception("a defect while an answer was given", extra={"request_id": cycle.request_id})
             cycle.abort()
         self._authentication.ended(self._request, None)
 
