@@ -156,7 +156,8 @@ def check(environ: Mapping[str, str]) -> int:
         else:
             fine(f"secret: {len(settings.keyring.secrets)} accepted")
         own = ", ".join(f"{key}: {policy.name}" for key, policy in settings.policies.keys.items())
-        fine(f"policy: {settings.policies.default.name}, from {environ.get('DOCKER_RUNNER_POLICY') or 'no setting'}")
+        given = environ.get("DOCKER_RUNNER_POLICY")
+        fine(f"policy: {settings.policies.default.name}, " + (f"from {given}" if given else "the default"))
         if own:
             fine(f"policy: of named keys: {own}")
         for key in settings.policies.keys.keys() - {owner for owner, _ in settings.keyring.secrets}:

@@ -266,7 +266,7 @@ KEY_VARIABLES: Mapping[str, str] = {
     "DOCKER_RUNNER_TLS_CERT": "Certificate (PEM), with its chain: HTTPS is served. TLS files are read again on SIGHUP.",
     "DOCKER_RUNNER_TLS_KEY": "Its key, if it is not in the same file.",
     "DOCKER_RUNNER_TLS_CLIENT_CA": "Authorities (PEM): callers must show a certificate by one of them.",
-    "DOCKER_SOCKET": "The engine's socket; else `DOCKER_RUNNER_SOCKET`, else `DOCKER_HOST` if `unix://`.",
+    "DOCKER_SOCKET": "The engine's; else `DOCKER_RUNNER_SOCKET`, `DOCKER_HOST` if `unix://`, `/var/run/docker.sock`.",
     "DOCKER_RUNNER_SOCKET": "See `DOCKER_SOCKET`.",
     "DOCKER_HOST": "See `DOCKER_SOCKET`; anything but `unix://` is passed over.",
     "DOCKER_RUNNER_ENV": "`production`: no `.env` file is read.",

@@ -407,5 +407,5 @@ def test_the_documented_example_runs_as_it_stands(
     program = script.replace(":7071", f":{runner.port}").replace("docker-runner/busybox", image)
     (tmp_path / "example.py").write_text(program.replace("cmd=", f"labels={names.labels!r}, cmd="))
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
-    expected = "ready\nhello\nstdout b'typed\\n' None\n504 exec_timeout\n204\n"
+    expected = "ready\nhello\nstdout b'typed\\n'\nexit code 0\n504 exec_timeout\n204\n"
     assert (done.stdout, done.stderr) == (expected, "")

@@ -72,7 +72,7 @@ FAULTS = {
     "engine is killed",
     "engine is stopped",
     "socket is replaced",
-    "disk of the spool is full",
+    "disk for long bodies (`TMPDIR`) is full",
     "file descriptor",
     "little memory",
     "never reads",

@@ -207,8 +207,8 @@ def test_what_was_done_with_a_secret(script: str, service: Service, names: Names
         service.status(SECRET, f"/containers/{names()}/{operation}", "POST")
     service.audited(3)
     assert [line.split() for line in service.says(script).splitlines()] == [
-        ["2", "127.0.0.1", "ContainerStart"],
-        ["1", "127.0.0.1", "ContainerStop"],
+        ["2", "ContainerStart", '"client":"127.0.0.1'],
+        ["1", "ContainerStop", '"client":"127.0.0.1'],
     ]
 
 
