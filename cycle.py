@@ -104,7 +104,7 @@ class Cycle(Caller):
         self.local = local
         self.keep_alive = keep_alive
         self._peer = peer
-        self._expects_continue = found.get(b"expect", b"").lower() == b"100-continue"
+        self._expects_continue = version != "1.0" and found.get(b"expect", b"").lower() == b"100-continue"
         self._body: list[bytes] = []
 
     @functools.cached_property

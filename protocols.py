@@ -394,6 +394,8 @@ class HttpProtocol(asyncio.Protocol):
         status, headers, body = error.response()
         headers.append((b"x-request-id", request_id.encode()))
         fields = b"".join(b"%b: %b\r\n" % field for field in headers)
+        if self._method == "HEAD":
+            body = b""
         self.transport.write(b"%bconnection: close\r\n%b\r\n%b" % (STATUS_LINES[status], fields, body))
         self._linger()
         self._on_refused(Refusal(request_id, self.scope["client"], self._local, self._method, self._url, error))

@@ -192,6 +192,17 @@ def test_an_http_1_0_caller_gets_no_chunks_and_the_close_as_end(runner: Runner, 
     assert {image["Id"] for image in json.loads(body)} == {image["Id"] for image in listed}
 
 
+def test_an_http_1_0_caller_is_not_told_to_continue(runner: Runner) -> None:
+    head = signed_head("POST", "/auth", b"{}", "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert not runner.raw(head + b"{}").startswith(b"HTTP/1.1 100 ")
+
+
+def test_a_refusal_of_a_head_request_has_no_body(runner: Runner) -> None:
+    answer = runner.raw(b"HEAD /version HTTP/1.1\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b"\r\n\r\n")
+
+
 def test_a_whole_url_as_target_reaches_no_operation(runner: Runner) -> None:
     for target in ("http://runner/version", "http://runner/v1/health", "version", "*"):
         answer = runner.raw(signed_head("GET", target, b"", "Connection: close"))
