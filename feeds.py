@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+import operations
 from admission import Connection
 from calls import Calls, Thing, segment
 from containers import inspected
@@ -111,21 +112,34 @@ async def logs(calls: Calls, container: str, query: dict[str, Any], keep_alive_s
     """
     tty = (await inspected(calls, container, own=True)).config.tty
     path = f"/containers/{segment(Thing.CONTAINER, container)}/logs"
-    opening = asyncio.ensure_future(calls.open("GET", path, query))
     following = bool(query["follow"])
-    try:
-        await asyncio.wait((opening,), timeout=HEAD_WAIT_S if following and calls.of_podman else None)
-        if opening.done():
-            opening.result()
-    except BaseException:
-        _abandon(opening)
-        raise
+    opening: asyncio.Future[EngineResponse]
+    if following and calls.of_podman:
+        # Use of the container lasts as long as the task that begins it, which the opening's is not.
+        await calls.expiry.use(operations.decide(b"GET", path.encode()), path.encode())
+        opening = await _begun(calls.open("GET", path, query))
+    else:
+        opening = asyncio.get_running_loop().create_future()
+        opening.set_result(await calls.open("GET", path, query))
     return Feed(
         _log_messages(opening, tty=tty, gather=not following),
         keep_alive_s=keep_alive_s,
         close=lambda: _abandon(opening),
         endless=following,
     )
+
+
+async def _begun(answer: Coroutine[Any, Any, EngineResponse]) -> asyncio.Future[EngineResponse]:
+    """An answer that is waited for a while, and may still be to come then. Raises what is known by then."""
+    opening = asyncio.ensure_future(answer)
+    try:
+        await asyncio.wait((opening,), timeout=HEAD_WAIT_S)
+        if opening.done():
+            opening.result()
+    except BaseException:
+        _abandon(opening)
+        raise
+    return opening
 
 
 def _abandon(opening: asyncio.Future[EngineResponse]) -> None:

@@ -76,6 +76,8 @@ def smoke(engine: Engine, short_folder: Path, tmp_path_factory: pytest.TempPathF
         if path.name == ".venv" or not (path.name.startswith(".") or path.name == "build"):
             (folder / path.name).symlink_to(path)
     environ = {**os.environ, "DOCKER_SOCKET": engine.socket, "TMPDIR": str(temporary)}
+    for name in ("MAKEFLAGS", "MAKELEVEL"):  # Of the `make test` that runs this: a make within it says more.
+        environ.pop(name, None)
     command = ["bash", "-euo", "pipefail", "-c", SMOKE]
     process = subprocess.Popen(
         command,
