@@ -254,8 +254,16 @@ class Soak:
         for name, count, most in zip(("sockets", "files", "tasks"), now, before, strict=False):
             self._check(f"{name} left", [f"{count} where there were {most}"] if count > most else [])
         self._check("threads left", [str(now[3])] if now[3] > before[3] + 2 * (os.cpu_count() or 1) + 8 else [])
-        used = {name: count for name, count in held(runner).items() if name in (*USED, "open streams")}
-        self._check("still used, by the metrics", [f"{name} {count:g}" for name, count in used.items() if count])
+        used = ["never looked at"]
+
+        def unused() -> bool:
+            nonlocal used
+            counts = {name: count for name, count in held(runner).items() if name in (*USED, "open streams")}
+            used = [f"{name} {count:g}" for name, count in counts.items() if count]
+            return not used
+
+        wait_until(unused, 20)  # Now and then the runner asks the engine something of its own.
+        self._check("still used, by the metrics", used)
         self._check("files left in the spool", [str(path) for path in self._spool.iterdir()])
         self._check("deleted files held", [name for name in runner.files() if name.endswith("(deleted)")])
         more = runner.memory() - memory
