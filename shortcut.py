@@ -4,8 +4,8 @@ Most requests are a head alone, and the engine answers them in one piece. A task
 more than half of what such a request costs here; so nothing is made to wait with while nothing has to wait. What is
 checked, and by which functions, is the ordinary way's (`Request.admit_bare`, `EngineFace.begin`): here is only the
 order. Whatever turns out to need more (a refusal to be told, a body, a stream, a scope, a pool without a free
-connection, an answer in several pieces, an engine that fails, the end of the service) goes on in the ordinary way from
-where it stands.
+connection, an answer that takes its time, an engine that fails, the end of the service) goes on in the ordinary way
+from where it stands.
 """
 
 import asyncio

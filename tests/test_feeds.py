@@ -232,7 +232,7 @@ class TestLogs:
         def script(peer: Peer) -> None:
             while request := peer.read_request():
                 if b"/logs?" in request:
-                    time.sleep(2 * HEAD_WAIT_S)
+                    time.sleep(2 * HEAD_WAIT_S)  # The lateness itself: Podman would be waited for no longer.
                     peer.send(b"HTTP/1.1 404 No\r\nContent-Length: 16\r\n\r\n", b'{"message":"no"}')
                 else:
                     peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(INSPECTED), INSPECTED))
